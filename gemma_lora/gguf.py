@@ -1,0 +1,276 @@
+"""Gemma 3 from a GGUF file: configuration, weights and tokenizer, for KerasHub.
+
+The `gguf` library reads the file and decodes its blocks. Reading the header of a Gemma takes it some ten
+seconds (262,144 tokens, one Python object each), so what we need from it is kept as an index beside the
+user's other caches; the weights themselves are always read from the file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gemma_lora.files import GemmaLoraError, atomic_path, write_json_atomic
+
+_INDEX_VERSION = 1
+#: SentencePiece's numbers for kinds of pieces; GGUF uses the same.
+_UNKNOWN = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """Where a tensor stands in the file. `shape` is numpy's: (d_out, d_in) for a matrix."""
+
+    kind: str
+    shape: tuple[int, ...]
+    offset: int  # bytes from the file's start
+    nbytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Index:
+    """What a GGUF file says of itself.
+
+    Invariants: every tensor lies within the file; `tokenizer` is a serialized SentencePiece model.
+    """
+
+    path: Path
+    fields: dict[str, Any]
+    tensors: dict[str, Tensor]
+    tokenizer: bytes
+
+
+def cache_dir() -> Path:
+    """The folder for what can be made again: `$XDG_CACHE_HOME/gemma_lora`, by default `~/.cache/gemma_lora`."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "gemma_lora"
+
+
+def read_index(path: str | os.PathLike) -> Index:
+    """Reads (or takes from the cache) the index of a Gemma 3 GGUF file.
+
+    Args:
+        path: A GGUF file of architecture `gemma3`.
+
+    Returns:
+        An `Index`.
+
+    Raises:
+        GemmaLoraError: If the file is missing, truncated, no GGUF file, of another architecture, or a part
+            of a split model.
+    """
+    path = Path(path).expanduser().resolve()
+    _check_magic(path)
+    stat = path.stat()
+    key = f"{path.stem}-{stat.st_size}-{stat.st_mtime_ns}-v{_INDEX_VERSION}"
+    cached = cache_dir() / "gguf" / f"{key}.json"
+    index = _read_cached(path, cached)
+    if index is None:
+        index = _parse(path)
+        _write_cached(index, cached)
+    return index
+
+
+def _check_magic(path: Path) -> None:
+    if not path.is_file():
+        raise GemmaLoraError(f"{path}: no such file. Give the path of a GGUF file of Gemma 3.")
+    with open(path, "rb") as file:
+        head = file.read(8)
+    if head[:4] != b"GGUF":
+        raise GemmaLoraError(
+            f"{path}: not a GGUF file (it begins with {head[:4]!r}, not b'GGUF'). "
+            "Download it again, or convert the model with llama.cpp's convert_hf_to_gguf.py."
+        )
+    if len(head) < 8 or struct.unpack("<I", head[4:])[0] not in (2, 3):
+        raise GemmaLoraError(f"{path}: GGUF version not 2 or 3, or the file is cut short. Convert the model again.")
+
+
+def _read_cached(path: Path, cached: Path) -> Index | None:
+    try:
+        stored = json.loads(cached.read_text(encoding="utf-8"))
+        tokenizer = cached.with_suffix(".spm").read_bytes()
+        tensors = {name: Tensor(t[0], tuple(t[1]), t[2], t[3]) for name, t in stored["tensors"].items()}
+        return Index(path, stored["fields"], tensors, tokenizer)
+    except (OSError, ValueError, KeyError, IndexError):
+        return None  # absent, or unreadable: it is made again
+
+
+def _write_cached(index: Index, cached: Path) -> None:
+    tensors = {name: (t.kind, t.shape, t.offset, t.nbytes) for name, t in index.tensors.items()}
+    try:
+        with atomic_path(cached.with_suffix(".spm")) as temporary:
+            temporary.write_bytes(index.tokenizer)
+        write_json_atomic(cached, {"fields": index.fields, "tensors": tensors})
+    except OSError:
+        pass  # a read-only home: the next load is slower, nothing else
+
+
+def _parse(path: Path) -> Index:
+    """Reads the header with the `gguf` library."""
+    import gguf
+
+    size = path.stat().st_size
+    try:
+        reader = gguf.GGUFReader(path)
+        fields = {
+            name: field.contents()
+            for name, field in reader.fields.items()
+            if field.types and field.types[0] != gguf.GGUFValueType.ARRAY
+        }
+        tensors = {
+            t.name: Tensor(t.tensor_type.name, tuple(int(n) for n in reversed(t.shape)), int(t.data_offset), int(t.n_bytes))
+            for t in reader.tensors
+        }
+    except (ValueError, IndexError, KeyError, OverflowError, struct.error) as error:
+        raise GemmaLoraError(
+            f"{path}: the GGUF header cannot be read ({size:,} bytes; the file may be cut short: {error}). "
+            "Download it again."
+        ) from error
+    _check_contents(path, size, fields, tensors)
+    return Index(path, fields, tensors, _tokenizer_proto(path, reader))
+
+
+def _check_contents(path: Path, size: int, fields: dict, tensors: dict[str, Tensor]) -> None:
+    architecture = fields.get("general.architecture")
+    if architecture != "gemma3":
+        raise GemmaLoraError(
+            f"{path}: holds a model of architecture {architecture!r}; only 'gemma3' is read from GGUF. "
+            "Load other Gemmas from a KerasHub preset or hf://."
+        )
+    if fields.get("split.count", 1) > 1:
+        raise GemmaLoraError(f"{path}: is one part of a split model. Merge the parts with llama-gguf-split --merge.")
+    for name, tensor in tensors.items():
+        if tensor.offset + tensor.nbytes > size:
+            raise GemmaLoraError(
+                f"{path}: cut short: tensor {name} ends at byte {tensor.offset + tensor.nbytes:,}, "
+                f"the file has {size:,}. Download it again."
+            )
+
+
+def _tokenizer_proto(path: Path, reader) -> bytes:
+    """Rebuilds Gemma's SentencePiece model from the file's pieces, scores and types."""
+    from sentencepiece import sentencepiece_model_pb2 as model_pb2
+
+    columns = [reader.fields.get(f"tokenizer.ggml.{name}") for name in ("tokens", "scores", "token_type")]
+    if any(column is None for column in columns):
+        raise GemmaLoraError(f"{path}: holds no SentencePiece tokenizer (tokens, scores and types). Convert it again.")
+    tokens, scores, kinds = (column.contents() for column in columns)
+    unknown = int(reader.fields["tokenizer.ggml.unknown_token_id"].contents())
+    model = model_pb2.ModelProto()
+    for position, (piece, score, kind) in enumerate(zip(tokens, scores, kinds, strict=True)):
+        entry = model.pieces.add()
+        entry.piece, entry.score = piece, score
+        entry.type = _UNKNOWN if position == unknown else kind
+    model.trainer_spec.model_type = model_pb2.TrainerSpec.BPE
+    model.trainer_spec.vocab_size = len(tokens)
+    model.trainer_spec.byte_fallback = True
+    model.trainer_spec.unk_id = unknown
+    for name, field in (("bos_id", "bos"), ("eos_id", "eos"), ("pad_id", "padding")):
+        setattr(model.trainer_spec, name, int(reader.fields[f"tokenizer.ggml.{field}_token_id"].contents()))
+    model.normalizer_spec.name = "identity"
+    model.normalizer_spec.add_dummy_prefix = False
+    model.normalizer_spec.remove_extra_whitespaces = False
+    model.normalizer_spec.escape_whitespaces = True
+    return model.SerializeToString()
+
+
+def read_tensor(index: Index, name: str) -> np.ndarray:
+    """Decodes one tensor of the file to float32, in numpy's order (a matrix is (d_out, d_in))."""
+    import gguf
+
+    if name not in index.tensors:
+        raise GemmaLoraError(f"{index.path}: tensor {name} is missing; the file is no whole Gemma 3.")
+    tensor = index.tensors[name]
+    kind = gguf.GGMLQuantizationType[tensor.kind]
+    raw = np.memmap(index.path, dtype=np.uint8, mode="r", offset=tensor.offset, shape=(tensor.nbytes,))
+    if kind == gguf.GGMLQuantizationType.F32:
+        return np.array(raw).view(np.float32).reshape(tensor.shape)
+    if kind == gguf.GGMLQuantizationType.F16:
+        return np.array(raw).view(np.float16).astype(np.float32).reshape(tensor.shape)
+    rows = raw.reshape(*tensor.shape[:-1], -1)
+    return gguf.dequantize(rows, kind).reshape(tensor.shape)
+
+
+def backbone_config(index: Index) -> dict[str, Any]:
+    """The arguments of KerasHub's `Gemma3Backbone` for this file."""
+
+    def field(name: str, default: Any = None) -> Any:
+        value = index.fields.get(f"gemma3.{name}", default)
+        if value is None:
+            raise GemmaLoraError(f"{index.path}: the header lacks gemma3.{name}; convert the model again.")
+        return value
+
+    heads = field("attention.head_count")
+    return {
+        "vocabulary_size": index.tensors["token_embd.weight"].shape[0],
+        "image_size": 896,
+        "num_layers": field("block_count"),
+        "num_query_heads": heads,
+        "num_key_value_heads": field("attention.head_count_kv", heads),
+        "hidden_dim": field("embedding_length"),
+        "intermediate_dim": field("feed_forward_length"),
+        "head_dim": field("attention.key_length", 256),
+        "use_query_key_norm": True,
+        "use_post_ffw_norm": True,
+        "use_post_attention_norm": True,
+        "use_sliding_window_attention": True,
+        "sliding_window_size": field("attention.sliding_window"),
+        "global_rope_scaling_factor": float(field("rope.scaling.factor", 1.0)),
+        "layer_norm_epsilon": float(field("attention.layer_norm_rms_epsilon", 1e-6)),
+        "final_logit_soft_cap": index.fields.get("gemma3.final_logit_softcapping"),
+    }
+
+
+def weights_for(index: Index, backbone) -> Iterator[tuple[Any, np.ndarray]]:
+    """Yields `(variable, value)` for every variable of a `Gemma3Backbone`, one at a time."""
+    yield backbone.token_embedding._embeddings, read_tensor(index, "token_embd.weight")
+    yield backbone.layer_norm.scale, _norm(index, "output_norm.weight")
+    for number, block in enumerate(backbone.transformer_layers):
+        yield from _block_weights(index, f"blk.{number}", block)
+
+
+def _norm(index: Index, name: str) -> np.ndarray:
+    # The file stores 1 + w (what the norm multiplies by), KerasHub keeps w.
+    return read_tensor(index, name) - 1.0
+
+
+def _block_weights(index: Index, prefix: str, block) -> Iterator[tuple[Any, np.ndarray]]:
+    attention = block.attention
+    norms = {
+        "attn_norm": block.pre_attention_norm,
+        "post_attention_norm": block.post_attention_norm,
+        "ffn_norm": block.pre_ffw_norm,
+        "post_ffw_norm": block.post_ffw_norm,
+        "attn_k_norm": attention.key_norm,
+    }
+    for name, layer in norms.items():
+        yield layer.scale, _norm(index, f"{prefix}.{name}.weight")
+    yield attention.query_norm.scale, _query_norm(index, f"{prefix}.attn_q_norm.weight", block)
+    for name, layer in {"q": attention.query_dense, "k": attention.key_dense, "v": attention.value_dense}.items():
+        kernel = read_tensor(index, f"{prefix}.attn_{name}.weight")  # (heads * H, D)
+        heads, _, size = layer._kernel.shape
+        yield layer._kernel, kernel.reshape(heads, size, -1).transpose(0, 2, 1)  # (heads, D, H)
+    output = read_tensor(index, f"{prefix}.attn_output.weight")  # (D, heads * H)
+    yield attention.output_dense._kernel, output.T.reshape(attention.output_dense._kernel.shape)  # (heads, H, D)
+    for name, layer in {"gate": block.gating_ffw, "up": block.gating_ffw_2, "down": block.ffw_linear}.items():
+        yield layer._kernel, read_tensor(index, f"{prefix}.ffn_{name}.weight").T  # (d_out, d_in) -> (d_in, d_out)
+
+
+def _query_norm(index: Index, name: str, block) -> np.ndarray:
+    """The query norm's weight, with Gemma 3 27B's other attention scale folded in.
+
+    KerasHub scales the query by 1/sqrt(head size). The 27B wants 1/sqrt(width / query heads)
+    (62 layers: the test llama.cpp makes too), and a factor on the norm's output does the same.
+    """
+    value = read_tensor(index, name)
+    if index.fields["gemma3.block_count"] == 62:
+        width = index.fields["gemma3.embedding_length"] // block.num_query_heads
+        value = value * np.sqrt(block.head_dim / width)
+    return value - 1.0

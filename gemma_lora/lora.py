@@ -1,0 +1,430 @@
+"""LoRA layers for Keras: a frozen kernel beside a trainable product of two thin matrices.
+
+The paper (Hu et al. 2021, https://arxiv.org/abs/2106.09685, equation 3) writes h = W0 x + (alpha/rank) B A x with
+column vectors. Keras multiplies rows from the left, so here `kernel` is (d_in, d_out), `lora_a`
+is (d_in, rank), `lora_b` is (rank, d_out), and
+
+    y = x @ kernel + scaling * (x @ lora_a) @ lora_b
+
+The product `lora_a @ lora_b` is formed only to merge. These layers work on any Keras model;
+KerasHub's Gemma is one of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+from gemma_lora.backend import require_jax
+from gemma_lora.files import GemmaLoraError
+
+require_jax()
+
+import keras  # noqa: E402
+from keras import ops  # noqa: E402
+
+#: Our names for a Gemma block's linear layers -> KerasHub's layer names.
+TARGETS = {
+    "query": "query",
+    "key": "key",
+    "value": "value",
+    "attention_output": "attention_output",
+    "gate": "ffw_gating",
+    "up": "ffw_gating_2",
+    "down": "ffw_linear",
+}
+#: What `targets="all-linear"` means.
+ALL_LINEAR = tuple(TARGETS)
+
+
+def einsum_axes(equation: str) -> tuple[str, str, str, str]:
+    """Splits an `EinsumDense` equation into the axes of a matrix product.
+
+    Args:
+        equation: For example `"btd,ndh->btnh"`.
+
+    Returns:
+        `(batch, contracted, output, kernel)`: axis letters of x that stay, of x that are summed,
+        of the output that come from the kernel, and of the kernel as stored. For the example:
+        `("bt", "d", "nh", "ndh")`.
+
+    Raises:
+        ValueError: If the equation is not a matrix product over x's last axes (then LoRA's A and B
+            cannot be the paper's).
+    """
+    left, output = equation.replace(" ", "").split("->")
+    inputs, kernel = left.split(",")
+    contracted = "".join(axis for axis in inputs if axis in kernel and axis not in output)
+    new = "".join(axis for axis in output if axis in kernel and axis not in inputs)
+    batch = inputs[: len(inputs) - len(contracted)]
+    if inputs != batch + contracted or output != batch + new or sorted(kernel) != sorted(contracted + new):
+        raise ValueError(
+            f"LoRA needs an equation that is a matrix product over the input's last axes, such as "
+            f"'btd,ndh->btnh'. Received: equation={equation!r}"
+        )
+    return batch, contracted, new, kernel
+
+
+class _LoRALayer(keras.layers.Layer):
+    """What `LoRADense` and `LoRAEinsumDense` share: A, B, the scaling, merge and unmerge.
+
+    Invariants: `base` is frozen; `lora_a` is (d_in, rank) and `lora_b` is (rank, d_out), both
+    float32; while `merged` is True the base kernel holds kernel + delta and the layer adds nothing.
+    """
+
+    def __init__(
+        self,
+        base: keras.layers.Layer,
+        rank: int,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        rslora: bool = False,
+        seed: int | None = None,
+        **kwargs,
+    ):
+        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+            raise ValueError(f"`rank` must be an integer of at least 1. Received: rank={rank!r}")
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"`dropout` must be in [0, 1). Received: dropout={dropout!r}")
+        if not base.built:
+            raise ValueError(f"Build layer {base.name!r} before it is given LoRA: its kernel is needed.")
+        kwargs.setdefault("name", base.name)
+        kwargs.setdefault("dtype", base.dtype_policy)
+        super().__init__(**kwargs)
+        self.base = base
+        self.rank = rank
+        self.alpha = float(rank if alpha is None else alpha)
+        self.rslora = bool(rslora)
+        self.dropout_rate = float(dropout)
+        self.seed = seed
+        self.merged = False
+        self.dropout = keras.layers.Dropout(dropout, seed=seed) if dropout else None
+        for variable in base.variables:
+            variable.trainable = False
+        self._add_factors()
+        self.built = True
+
+    @property
+    def scaling(self) -> float:
+        """alpha / rank, or alpha / sqrt(rank) with rsLoRA (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732)."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def _add_factors(self) -> None:
+        d_in, d_out = self.matrix_shape()
+        # PEFT's start: kaiming_uniform(a=sqrt(5)) on A, which is U(-1/sqrt(d_in), 1/sqrt(d_in)); zeros on B.
+        limit = 1.0 / math.sqrt(d_in)
+        self.lora_a = self.add_weight(
+            name="lora_a",
+            shape=(d_in, self.rank),
+            initializer=keras.initializers.RandomUniform(-limit, limit, seed=self.seed),
+            dtype="float32",
+        )
+        self.lora_b = self.add_weight(
+            name="lora_b", shape=(self.rank, d_out), initializer="zeros", dtype="float32"
+        )
+
+    def matrix_shape(self) -> tuple[int, int]:
+        """`(d_in, d_out)` of the kernel seen as a matrix."""
+        raise NotImplementedError
+
+    def to_kernel(self, matrix):
+        """Brings a `(d_in, d_out)` matrix to the shape the kernel is stored in."""
+        raise NotImplementedError
+
+    def _flatten_input(self, x):
+        return x
+
+    def _unflatten_output(self, y, x):
+        return y
+
+    def delta(self):
+        """The update scaling * A @ B, `(d_in, d_out)`, float32."""
+        return self.scaling * ops.matmul(self.lora_a, self.lora_b)
+
+    def call(self, inputs, training=None):
+        y = self.base(inputs)
+        if self.merged:
+            return y
+        x = self._flatten_input(inputs)  # (..., d_in)
+        if self.dropout is not None:
+            x = self.dropout(x, training=training)
+        lora_a = ops.cast(self.lora_a, x.dtype)
+        lora_b = ops.cast(self.lora_b * self.scaling, x.dtype)
+        update = ops.matmul(ops.matmul(x, lora_a), lora_b)  # (..., rank) -> (..., d_out)
+        return y + self._unflatten_output(update, inputs)
+
+    def merge(self) -> None:
+        """Adds the update to the base kernel; the layer then costs what the base costs."""
+        if not self.merged:
+            self._shift_kernel(+1.0)
+            self.merged = True
+
+    def unmerge(self) -> None:
+        """Takes the update out of the base kernel again (exact to rounding of the kernel's dtype)."""
+        if self.merged:
+            self._shift_kernel(-1.0)
+            self.merged = False
+
+    def _shift_kernel(self, sign: float) -> None:
+        kernel = self.base._kernel
+        update = self.to_kernel(self.delta())
+        kernel.assign(ops.cast(ops.cast(kernel, "float32") + sign * update, kernel.dtype))
+
+    def compute_output_shape(self, input_shape):
+        return self.base.compute_output_shape(input_shape)
+
+    def get_config(self):
+        config = super().get_config()
+        return config | {
+            "base": keras.saving.serialize_keras_object(self.base),
+            "rank": self.rank,
+            "alpha": self.alpha,
+            "dropout": self.dropout_rate,
+            "rslora": self.rslora,
+            "seed": self.seed,
+        }
+
+    @classmethod
+    def from_config(cls, config):
+        config = dict(config)
+        config["base"] = keras.saving.deserialize_keras_object(config["base"])
+        return cls(**config)
+
+
+@keras.saving.register_keras_serializable(package="gemma_lora")
+class LoRADense(_LoRALayer):
+    """A frozen `keras.layers.Dense` with a trainable low-rank update.
+
+    `y = activation(x @ kernel + bias + scaling * (x @ lora_a) @ lora_b)`
+
+    Args:
+        base: A built `Dense` layer. It is frozen.
+        rank: Integer, the update's rank.
+        alpha: Float; the update is scaled by alpha / rank. Defaults to `rank`, a scaling of 1.
+        dropout: Float in [0, 1), on the update's input while training.
+        rslora: If True the scaling is alpha / sqrt(rank).
+        seed: Integer seed of A's start and of dropout.
+
+    Example:
+
+    >>> dense = keras.layers.Dense(4); dense.build((None, 3))
+    >>> layer = LoRADense(dense, rank=2, alpha=4)
+    >>> [tuple(v.shape) for v in layer.trainable_variables]
+    [(3, 2), (2, 4)]
+
+    Reference: Hu et al. 2021, section 4.1; the paper writes B A for our A @ B.
+    """
+
+    def __init__(self, base, rank, **kwargs):
+        if not isinstance(base, keras.layers.Dense):
+            raise ValueError(f"`base` must be a keras.layers.Dense. Received: {type(base).__name__}")
+        super().__init__(base, rank, **kwargs)
+        # The activation comes after the sum, so it moves from the base to this layer.
+        self.activation = base.activation
+        base.activation = keras.activations.linear
+
+    def matrix_shape(self):
+        return tuple(self.base._kernel.shape)
+
+    def to_kernel(self, matrix):
+        return matrix
+
+    def call(self, inputs, training=None):
+        return self.activation(super().call(inputs, training=training))
+
+    def get_config(self):
+        self.base.activation = self.activation
+        try:
+            return super().get_config()
+        finally:
+            self.base.activation = keras.activations.linear
+
+
+@keras.saving.register_keras_serializable(package="gemma_lora")
+class LoRAEinsumDense(_LoRALayer):
+    """A frozen `keras.layers.EinsumDense` with a trainable low-rank update.
+
+    Heads are flattened into `d_out` (or `d_in` for the attention output), so A and B have the
+    paper's and PEFT's shapes, unlike `EinsumDense.enable_lora`, whose A has one slice a head.
+
+    Args:
+        base: A built `EinsumDense` without activation, whose equation is a matrix product over the
+            input's last axes. It is frozen.
+        rank, alpha, dropout, rslora, seed: As in `LoRADense`.
+
+    Example:
+
+    >>> query = keras.layers.EinsumDense("btd,ndh->btnh", output_shape=(None, 4, 16))
+    >>> query.build((None, None, 32))
+    >>> LoRAEinsumDense(query, rank=8).matrix_shape()
+    (32, 64)
+    """
+
+    def __init__(self, base, rank, **kwargs):
+        if not isinstance(base, keras.layers.EinsumDense):
+            raise ValueError(f"`base` must be a keras.layers.EinsumDense. Received: {type(base).__name__}")
+        if base.activation is not keras.activations.linear:
+            raise ValueError(f"Layer {base.name!r} has an activation; LoRA is added before it and cannot be.")
+        self._axes = einsum_axes(base.equation)
+        super().__init__(base, rank, **kwargs)
+
+    def _sizes(self) -> dict[str, int]:
+        return dict(zip(self._axes[3], self.base._kernel.shape, strict=True))
+
+    def matrix_shape(self):
+        sizes = self._sizes()
+        _, contracted, new, _ = self._axes
+        return math.prod(sizes[a] for a in contracted), math.prod(sizes[a] for a in new)
+
+    def to_kernel(self, matrix):
+        sizes = self._sizes()
+        _, contracted, new, kernel = self._axes
+        split = ops.reshape(matrix, [sizes[a] for a in contracted + new])  # (d_in, d_out) -> one axis a letter
+        return ops.transpose(split, [(contracted + new).index(a) for a in kernel])
+
+    def to_matrix(self, kernel):
+        """Brings a kernel as stored to `(d_in, d_out)`; the inverse of `to_kernel`."""
+        _, contracted, new, letters = self._axes
+        order = [letters.index(a) for a in contracted + new]
+        return ops.reshape(ops.transpose(kernel, order), self.matrix_shape())
+
+    def _flatten_input(self, x):
+        if len(self._axes[1]) == 1:
+            return x
+        batch = ops.shape(x)[: len(self._axes[0])]
+        return ops.reshape(x, (*batch, self.matrix_shape()[0]))
+
+    def _unflatten_output(self, y, x):
+        if len(self._axes[2]) == 1:
+            return y
+        sizes = self._sizes()
+        batch = ops.shape(x)[: len(self._axes[0])]
+        return ops.reshape(y, (*batch, *(sizes[a] for a in self._axes[2])))
+
+
+def target_names(targets: str | Sequence[str]) -> tuple[str, ...]:
+    """Checks `targets` and returns them as a tuple in the block's order.
+
+    Args:
+        targets: `"all-linear"`, or any of query, key, value, attention_output, gate, up, down.
+
+    Raises:
+        ValueError: If a name is unknown or none is given.
+    """
+    if targets == "all-linear":
+        return ALL_LINEAR
+    names = (targets,) if isinstance(targets, str) else tuple(targets)
+    unknown = [name for name in names if name not in TARGETS]
+    if unknown or not names:
+        raise ValueError(
+            f"`targets` must name layers among {', '.join(TARGETS)}, or be 'all-linear'. "
+            f"Received: targets={targets!r}"
+        )
+    return tuple(name for name in TARGETS if name in names)
+
+
+def _replace(parent: keras.layers.Layer, attribute: str, layer: keras.layers.Layer) -> None:
+    """Sets a sub-layer of a built layer, in its attribute and in Keras's tracking of sub-layers."""
+    old = getattr(parent, attribute)
+    # Keras locks a built layer's tracker; its own enable_lora unlocks it in the same way.
+    parent._tracker.unlock()
+    try:
+        position = next(i for i, tracked in enumerate(parent._layers) if tracked is old)
+        setattr(parent, attribute, layer)
+        parent._layers.remove(layer)
+        parent._layers[position] = layer
+    finally:
+        parent._tracker.lock()
+
+
+def _linear_layers(model: keras.layers.Layer) -> Iterator[tuple[keras.layers.Layer, str, keras.layers.Layer]]:
+    """Yields `(parent, attribute, layer)` for each linear layer held as another layer's attribute."""
+    for parent in model._flatten_layers():
+        if isinstance(parent, _LoRALayer):
+            continue
+        for attribute, value in list(vars(parent).items()):
+            if isinstance(value, keras.layers.Dense | keras.layers.EinsumDense | _LoRALayer):
+                yield parent, attribute, value
+
+
+def apply_lora(
+    model: keras.Model,
+    rank: int = 8,
+    alpha: float | None = None,
+    targets: str | Sequence[str] = ("query", "value"),
+    dropout: float = 0.0,
+    rslora: bool = False,
+    seed: int = 0,
+) -> keras.Model:
+    """Gives a model's targeted linear layers LoRA, in place, and freezes everything else.
+
+    Args:
+        model: A KerasHub Gemma `CausalLM` or backbone, or any built Keras model that holds layers of
+            these names as attributes of other layers.
+        rank: Integer, the update's rank.
+        alpha: Float; scaling is alpha / rank. Defaults to `2 * rank`.
+        targets: Any of query, key, value, attention_output, gate, up, down, or `"all-linear"`.
+        dropout: Float in [0, 1).
+        rslora: If True scaling is alpha / sqrt(rank).
+        seed: Integer; layer i starts from seed + i.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: If the model has LoRA already, or no layer matches a target.
+    """
+    if lora_layers(model):
+        raise ValueError("The model has LoRA already. Call `detach_lora(model)` first.")
+    wanted = {TARGETS[name]: name for name in target_names(targets)}
+    found = [hit for hit in _linear_layers(model) if hit[2].name in wanted]
+    missing = set(wanted) - {layer.name for _, _, layer in found}
+    if missing:
+        raise ValueError(f"No layer of the model is named {', '.join(sorted(missing))}; nothing was changed.")
+    for variable in model.variables:
+        variable.trainable = False
+    for index, (parent, attribute, layer) in enumerate(found):
+        cls = LoRADense if isinstance(layer, keras.layers.Dense) else LoRAEinsumDense
+        new = cls(
+            layer,
+            rank,
+            alpha=2.0 * rank if alpha is None else alpha,
+            dropout=dropout,
+            rslora=rslora,
+            seed=seed + index,
+        )
+        _replace(parent, attribute, new)
+    return model
+
+
+def lora_layers(model: keras.layers.Layer) -> list[_LoRALayer]:
+    """The model's LoRA layers, in the model's order."""
+    return [layer for layer in model._flatten_layers() if isinstance(layer, _LoRALayer)]
+
+
+def _required_layers(model: keras.layers.Layer) -> list[_LoRALayer]:
+    layers = lora_layers(model)
+    if not layers:
+        raise GemmaLoraError("The model has no LoRA layers. Call `apply_lora` or `load_adapter` first.")
+    return layers
+
+
+def merge_lora(model: keras.Model) -> None:
+    """Adds every update to its kernel; the model then runs at the base model's speed."""
+    for layer in _required_layers(model):
+        layer.merge()
+
+
+def unmerge_lora(model: keras.Model) -> None:
+    """Undoes `merge_lora`, exact to rounding."""
+    for layer in _required_layers(model):
+        layer.unmerge()
+
+
+def detach_lora(model: keras.Model) -> None:
+    """Takes the LoRA layers out and gives the base layers back; a merged update stays in the kernels."""
+    for parent, attribute, layer in list(_linear_layers(model)):
+        if isinstance(layer, _LoRALayer):
+            if isinstance(layer, LoRADense):
+                layer.base.activation = layer.activation
+            _replace(parent, attribute, layer.base)
