@@ -24,7 +24,7 @@ _EXPORTS = {
     "load_adapter": "peft",
     "load_dataset": "data",
     "show_mask": "data",
-    "Template": "data",
+    "Template": "templates",
     "generate": "generation",
     "FineTuner": "training",
     "exact_match": "evaluation",

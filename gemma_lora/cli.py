@@ -1,0 +1,139 @@
+"""The command line: `gemma-lora finetune`, `evaluate` and `generate`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from gemma_lora.files import GemmaLoraError, write_json_atomic
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="Fine-tune Gemma with LoRA in Keras, on a laptop or an accelerator.",
+)
+
+_ADAPTER = typer.Option(help="Adapter folder (PEFT): adapter_config.json and adapter_model.safetensors.")
+_MODEL = typer.Option(help="gemma3-270m, a .gguf file, a KerasHub preset name, hf://owner/name, or a preset folder.")
+
+
+@app.command(epilog="Example: `gemma-lora finetune --data my.jsonl --run-dir runs/mine`")
+def finetune(
+    data: Annotated[str, typer.Option(help="A dataset folder, or a JSONL file (prompt/response, Alpaca, ShareGPT, chat).")] = "data/expenses",
+    run_dir: Annotated[str, typer.Option(help="Where adapter, settings, metrics and report go.")] = "runs/expenses",
+    model: Annotated[str, _MODEL] = "gemma3-270m",
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the update.")] = 16,
+    alpha: Annotated[float | None, typer.Option(help="Scaling is alpha/rank; 2 * rank by default.")] = None,
+    targets: Annotated[str, typer.Option(help="Comma-separated: query, key, value, attention_output, gate, up, down; or all-linear.")] = "all-linear",
+    dropout: Annotated[float, typer.Option(min=0.0, max=0.99, help="Dropout on the update's input.")] = 0.0,
+    rslora: Annotated[bool, typer.Option("--rslora", help="Scale by alpha/sqrt(rank).")] = False,
+    learning_rate: Annotated[float, typer.Option(min=0.0, help="Peak rate of Adam.")] = 2e-3,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training lines.")] = 1,
+    limit: Annotated[int | None, typer.Option(min=1, help="Train on the first so many lines only.")] = None,
+    row_length: Annotated[int, typer.Option(min=32, help="Tokens a packed row; the longest line must fit.")] = 256,
+    seed: Annotated[int, typer.Option(help="Start of A and order of the lines.")] = 0,
+    skip_bad_lines: Annotated[bool, typer.Option("--skip-bad-lines", help="Count bad lines instead of stopping.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished run in the same folder.")] = False,
+) -> None:
+    """Fine-tune with LoRA and report what changed, before and after."""
+    from gemma_lora import job
+
+    job.require_new(run_dir, overwrite)
+    names = targets if targets == "all-linear" else tuple(t.strip() for t in targets.split(","))
+    from gemma_lora.lora import target_names
+
+    target_names(names)
+    job.finetune(
+        job.Settings(
+            data=data,
+            run_dir=run_dir,
+            model=model,
+            rank=rank,
+            alpha=alpha,
+            targets=names,
+            dropout=dropout,
+            rslora=rslora,
+            learning_rate=learning_rate,
+            epochs=epochs,
+            limit=limit,
+            row_length=row_length,
+            seed=seed,
+            skip_bad_lines=skip_bad_lines,
+        ),
+        Console(),
+    )
+
+
+@app.command(epilog='Example: `gemma-lora generate --adapter runs/expenses/adapter "12 lug 2024 Café Lumière 769,08 €"`')
+def generate(
+    prompts: Annotated[list[str], typer.Argument(help="One or more prompts.")],
+    adapter: Annotated[Path | None, _ADAPTER] = None,
+    model: Annotated[str, _MODEL] = "gemma3-270m",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")] = 128,
+) -> None:
+    """Answer prompts, greedily."""
+    from gemma_lora.generation import generate as answer
+
+    for text in answer(_load(model, adapter), prompts, max_new_tokens=max_new_tokens):
+        typer.echo(text)
+
+
+@app.command(epilog="Example: `gemma-lora evaluate --adapter runs/expenses/adapter --data data/expenses/test.jsonl --output scores.json`")
+def evaluate(
+    data: Annotated[Path, typer.Option(help="A JSONL file whose responses are the right answers.")],
+    adapter: Annotated[Path | None, _ADAPTER] = None,
+    model: Annotated[str, _MODEL] = "gemma3-270m",
+    output: Annotated[Path | None, typer.Option(help="Where the scores go, as JSON.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")] = 128,
+    skip_bad_lines: Annotated[bool, typer.Option("--skip-bad-lines", help="Count bad lines instead of stopping.")] = False,
+) -> None:
+    """Score an adapter (or the base model) on any file."""
+    from gemma_lora.data import read_jsonl
+    from gemma_lora.evaluation import evaluate as score
+    from gemma_lora.job import progress_bar
+
+    examples = read_jsonl(data, skip_bad_lines=skip_bad_lines)
+    loaded = _load(model, adapter)
+    with progress_bar(Console(stderr=True), str(data), len(examples)) as advance:
+        scores = score(loaded, examples, max_new_tokens=max_new_tokens, on_progress=advance).to_dict()
+    if output is not None:
+        write_json_atomic(output, scores)
+    typer.echo(f"exact match {100 * scores['exact_match']:.1f} % of {scores['count']}")
+    for field, value in scores["fields"].items():
+        typer.echo(f"  {field}: {100 * value:.1f} %")
+
+
+def _load(model: str, adapter: Path | None):
+    from gemma_lora.gemma import load_gemma
+    from gemma_lora.hardware import use_compilation_cache
+    from gemma_lora.peft import load_adapter
+
+    use_compilation_cache()
+    if adapter is not None and not adapter.is_dir():
+        raise GemmaLoraError(f"{adapter}: no such folder. Give an adapter folder, such as runs/expenses/adapter.")
+    loaded = load_gemma(model)
+    return load_adapter(loaded, adapter) if adapter is not None else loaded
+
+
+def main() -> None:
+    """Runs the command line; what a user can cause is one line on stderr and status 2."""
+    os.environ["KERAS_BACKEND"] = "jax"
+    try:
+        app()
+    except (GemmaLoraError, ValueError, OSError) as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("stopped", highlight=False)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""What this machine is, how much memory the process has used, and XLA's cache of compiled programs."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import sys
+
+_ONE_KIB = 1024
+
+
+def peak_memory_bytes() -> int:
+    """The process's peak resident memory so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * _ONE_KIB  # macOS counts bytes, Linux KiB
+
+
+def memory_bytes() -> int:
+    """The process's resident memory now, in bytes (the peak where the system does not tell)."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return peak_memory_bytes()
+
+
+def machine() -> dict[str, str | int]:
+    """A description of this machine for reports: processor, cores, memory, Python, devices."""
+    import jax
+
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count() or 1,
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "python": platform.python_version(),
+        "devices": ", ".join(sorted({device.device_kind for device in jax.devices()})),
+    }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+        return names[0] if names else platform.processor()
+    except OSError:
+        return platform.processor() or platform.machine()
+
+
+def use_compilation_cache() -> None:
+    """Keeps XLA's compiled programs in the user's cache folder, so that a second run starts at once."""
+    import jax
+
+    from gemma_lora.gguf import cache_dir
+
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))

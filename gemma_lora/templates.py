@@ -1,0 +1,60 @@
+"""The text around a prompt and its answer, stored with an adapter so that it is the same ever after."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+#: Control tokens that a template may hold; in a user's own text they stay plain text.
+CONTROL_TOKENS = ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>")
+
+
+@dataclasses.dataclass(frozen=True)
+class Template:
+    """What stands around a prompt and a response.
+
+    Args:
+        prompt: Text with `{prompt}` where the user's text goes.
+        response: Text with `{response}` where the answer goes, and the token that ends it.
+        stop: Tokens that end a generated answer.
+
+    Example:
+
+    >>> Template("Expense: {prompt}\\nJSON:", " {response}<eos>").stop
+    ('<eos>',)
+    """
+
+    prompt: str
+    response: str
+    stop: tuple[str, ...] = ("<eos>",)
+
+    def __post_init__(self):
+        for name in ("prompt", "response"):
+            text = getattr(self, name)
+            if not isinstance(text, str) or text.count("{" + name + "}") != 1:
+                raise ValueError(f"Template.{name} must be text that holds {{{name}}} once. Received: {text!r}")
+        if not self.stop or not all(isinstance(token, str) for token in self.stop):
+            raise ValueError(f"Template.stop must name at least one token. Received: {self.stop!r}")
+
+    @classmethod
+    def gemma_chat(cls) -> Template:
+        """Gemma's chat template for one turn of the user and one of the model."""
+        return cls(
+            "<start_of_turn>user\n{prompt}<end_of_turn>\n<start_of_turn>model\n",
+            "{response}<end_of_turn>",
+            ("<end_of_turn>", "<eos>"),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"prompt": self.prompt, "response": self.response, "stop": list(self.stop)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Template:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: If a field is missing or of the wrong type.
+        """
+        if not isinstance(values, dict) or not {"prompt", "response"} <= set(values):
+            raise ValueError(f"a template needs the fields prompt and response. Received: {values!r}")
+        return cls(values["prompt"], values["response"], tuple(values.get("stop", ("<eos>",))))

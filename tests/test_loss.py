@@ -1,0 +1,88 @@
+"""chunked_cross_entropy against the loss written out, and against finite differences."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gemma_lora.loss import chunked_cross_entropy
+
+
+def problem(seed=0, dtype="float32", masked_rows=()):
+    rng = np.random.default_rng(seed)
+    hidden = jnp.asarray(rng.normal(size=(3, 17, 8)), dtype)
+    embeddings = jnp.asarray(rng.normal(size=(50, 8)), dtype)
+    targets = jnp.asarray(rng.integers(0, 50, (3, 17)))
+    weights = (rng.random((3, 17)) > 0.6) * rng.choice([0.5, 1.0, 2.0], (3, 17))
+    weights[list(masked_rows)] = 0
+    return hidden, embeddings, targets, jnp.asarray(weights, "float32")
+
+
+def full_loss(hidden, embeddings, targets, weights, soft_cap=None):
+    logits = jnp.einsum("btd,vd->btv", hidden.astype("float32"), embeddings.astype("float32"))
+    if soft_cap:
+        logits = soft_cap * jnp.tanh(logits / soft_cap)
+    losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
+    return jnp.sum(losses * weights) / jnp.sum(weights)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, 16, 51, 256])
+@pytest.mark.parametrize("soft_cap", [None, 5.0])
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 2e-2)])
+def test_value_and_gradients_equal_the_full_loss(chunk_size, soft_cap, dtype, tolerance):
+    hidden, embeddings, targets, weights = problem(dtype=dtype, masked_rows=(1,))
+
+    def chunked(hidden, embeddings):
+        return chunked_cross_entropy(hidden, embeddings, targets, weights, chunk_size, soft_cap, train_embeddings=True)
+
+    def full(hidden, embeddings):
+        return full_loss(hidden, embeddings, targets, weights, soft_cap)
+
+    value, gradients = jax.jit(jax.value_and_grad(chunked, (0, 1)))(hidden, embeddings)
+    expected, expected_gradients = jax.value_and_grad(full, (0, 1))(hidden, embeddings)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    for ours, theirs in zip(gradients, expected_gradients, strict=True):
+        np.testing.assert_allclose(
+            np.asarray(ours, "float32"), np.asarray(theirs, "float32"), atol=tolerance * np.abs(theirs).max()
+        )
+
+
+def test_gradient_is_the_finite_difference():
+    hidden, embeddings, targets, weights = problem(3)
+    gradient = jax.grad(chunked_cross_entropy)(hidden, embeddings, targets, weights, 4)
+    direction = jnp.asarray(np.random.default_rng(5).normal(size=hidden.shape), "float32")
+    step = 1e-2
+    ahead = full_loss(hidden + step * direction, embeddings, targets, weights)
+    behind = full_loss(hidden - step * direction, embeddings, targets, weights)
+    np.testing.assert_allclose(jnp.sum(gradient * direction), (ahead - behind) / (2 * step), rtol=1e-3)
+
+
+def test_tokens_without_loss_change_nothing():
+    hidden, embeddings, targets, weights = problem(1)
+    noise = jnp.where(weights[..., None] > 0, hidden, 1e6)
+    a = chunked_cross_entropy(hidden, embeddings, targets, weights)
+    b = chunked_cross_entropy(noise, embeddings, targets, weights)
+    np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+def test_no_weight_at_all_is_zero_with_zero_gradient():
+    hidden, embeddings, targets, weights = problem(2, masked_rows=(0, 1, 2))
+    value, gradient = jax.value_and_grad(chunked_cross_entropy)(hidden, embeddings, targets, weights)
+    assert value == 0 and not np.any(gradient)
+
+
+def test_frozen_embeddings_get_no_gradient():
+    hidden, embeddings, targets, weights = problem(2)
+    gradient = jax.grad(chunked_cross_entropy, argnums=1)(hidden, embeddings, targets, weights)
+    assert not np.any(gradient)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [({"chunk_size": 0}, "chunk_size"), ({"targets": jnp.zeros((2, 2), int)}, "targets"), ({"embeddings": jnp.ones((4, 3))}, "agree")],
+)
+def test_bad_arguments_are_named(change, message):
+    names = ("hidden", "embeddings", "targets", "weights")
+    arguments = dict(zip(names, problem(), strict=True)) | change
+    with pytest.raises(ValueError, match=message):
+        chunked_cross_entropy(**arguments)

@@ -1,0 +1,77 @@
+"""Packed examples have the hidden states, loss and gradient they have alone."""
+
+import jax
+import keras
+import numpy as np
+import pytest
+
+from gemma_lora import lora
+from gemma_lora.loss import chunked_cross_entropy
+from gemma_lora.packing import pack
+
+
+def examples(count=9, seed=0):
+    rng = np.random.default_rng(seed)
+    tokens = [rng.integers(5, 300, rng.integers(4, 14)).astype("int32") for _ in range(count)]
+    masks = [np.arange(len(t)) >= rng.integers(1, len(t) - 1) for t in tokens]
+    return tokens, masks
+
+
+def test_every_example_stands_in_one_row_whole():
+    tokens, masks = examples(40)
+    batches = pack(tokens, masks, rows=3, row_length=20, seed=4)
+    found = []
+    for batch in batches:
+        for row in range(3):
+            for segment in range(1, batch.segment_ids[row].max() + 1):
+                places = np.flatnonzero(batch.segment_ids[row] == segment)
+                assert (np.diff(places) == 1).all()
+                found.append(tuple(batch.token_ids[row, places]))
+    assert sorted(found) == sorted(map(tuple, tokens))
+    assert sum(b.weights.sum() for b in batches) == sum(m[1:].sum() for m in masks)
+
+
+def test_too_long_an_example_is_an_error():
+    with pytest.raises(ValueError, match="row_length"):
+        pack([np.arange(9)], [np.ones(9, bool)], rows=2, row_length=8)
+
+
+def test_packed_loss_and_gradient_equal_those_alone(any_gemma):
+    tokens, masks = examples()
+    lora.apply_lora(any_gemma, rank=2, targets="all-linear")
+    for number, layer in enumerate(lora.lora_layers(any_gemma)):
+        layer.lora_b.assign(np.random.default_rng(number).normal(0, 0.2, layer.lora_b.shape))
+    variables = any_gemma.trainable_variables
+    cap = any_gemma.backbone.token_embedding.logit_soft_cap
+
+    def summed(values, x, targets, weights):
+        with keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True))):
+            hidden = any_gemma.backbone(x)
+            embeddings = any_gemma.backbone.token_embedding.embeddings.value
+        return chunked_cross_entropy(hidden, embeddings, targets, weights, 8, cap) * weights.sum()
+
+    run = jax.value_and_grad(summed)
+    values = [v.value for v in variables]
+    packed, alone = [], []
+    for batch in pack(tokens, masks, rows=2, row_length=24, seed=0):
+        packed.append(run(values, *batch.as_keras()))
+    for ids, mask in zip(tokens, masks, strict=True):
+        x = {"token_ids": ids[None, :-1], "padding_mask": np.ones((1, len(ids) - 1), "int32")}
+        alone.append(run(values, x, ids[None, 1:], mask[None, 1:].astype("float32")))
+    total = jax.tree.map(lambda *parts: sum(parts), *packed)
+    expected = jax.tree.map(lambda *parts: sum(parts), *alone)
+    np.testing.assert_allclose(total[0], expected[0], rtol=1e-5)
+    for ours, theirs in zip(total[1], expected[1], strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5 * max(1.0, float(np.abs(theirs).max())))
+
+
+def test_a_mask_of_ones_means_what_it_meant(any_gemma):
+    """The patched mask equals KerasHub's own for plain padding."""
+    ids = np.arange(20).reshape(2, 10) + 5
+    padding = np.ones((2, 10), "int32")
+    padding[1, 6:] = 0
+    ours = np.array(any_gemma.backbone({"token_ids": ids, "padding_mask": padding}))
+    for block in any_gemma.backbone.transformer_layers:
+        del block._compute_attention_mask
+    theirs = np.array(any_gemma.backbone({"token_ids": ids, "padding_mask": padding}))
+    np.testing.assert_allclose(ours[padding > 0], theirs[padding > 0], atol=1e-6)
