@@ -26,12 +26,16 @@ _MODEL = typer.Option(help="gemma3-270m, a .gguf file, a KerasHub preset name, h
 
 @app.command(epilog="Example: `gemma-lora finetune --data my.jsonl --run-dir runs/mine`")
 def finetune(
-    data: Annotated[str, typer.Option(help="A dataset folder, or a JSONL file (prompt/response, Alpaca, ShareGPT, chat).")] = "data/expenses",
+    data: Annotated[
+        str, typer.Option(help="A dataset folder, or a JSONL file (prompt/response, Alpaca, ShareGPT, chat).")
+    ] = "data/expenses",
     run_dir: Annotated[str, typer.Option(help="Where adapter, settings, metrics and report go.")] = "runs/expenses",
     model: Annotated[str, _MODEL] = "gemma3-270m",
     rank: Annotated[int, typer.Option(min=1, help="Rank of the update.")] = 16,
     alpha: Annotated[float | None, typer.Option(help="Scaling is alpha/rank; 2 * rank by default.")] = None,
-    targets: Annotated[str, typer.Option(help="Comma-separated: query, key, value, attention_output, gate, up, down; or all-linear.")] = "all-linear",
+    targets: Annotated[
+        str, typer.Option(help="Comma-separated: query, key, value, attention_output, gate, up, down; or all-linear.")
+    ] = "all-linear",
     dropout: Annotated[float, typer.Option(min=0.0, max=0.99, help="Dropout on the update's input.")] = 0.0,
     rslora: Annotated[bool, typer.Option("--rslora", help="Scale by alpha/sqrt(rank).")] = False,
     learning_rate: Annotated[float, typer.Option(min=0.0, help="Peak rate of Adam.")] = 2e-3,
@@ -39,7 +43,9 @@ def finetune(
     limit: Annotated[int | None, typer.Option(min=1, help="Train on the first so many lines only.")] = None,
     row_length: Annotated[int, typer.Option(min=32, help="Tokens a packed row; the longest line must fit.")] = 256,
     seed: Annotated[int, typer.Option(help="Start of A and order of the lines.")] = 0,
-    skip_bad_lines: Annotated[bool, typer.Option("--skip-bad-lines", help="Count bad lines instead of stopping.")] = False,
+    skip_bad_lines: Annotated[
+        bool, typer.Option("--skip-bad-lines", help="Count bad lines instead of stopping.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished run in the same folder.")] = False,
 ) -> None:
     """Fine-tune with LoRA and report what changed, before and after."""
@@ -71,7 +77,9 @@ def finetune(
     )
 
 
-@app.command(epilog='Example: `gemma-lora generate --adapter runs/expenses/adapter "12 lug 2024 Café Lumière 769,08 €"`')
+@app.command(
+    epilog='Example: `gemma-lora generate --adapter runs/expenses/adapter "12 lug 2024 Café Lumière 769,08 €"`'
+)
 def generate(
     prompts: Annotated[list[str], typer.Argument(help="One or more prompts.")],
     adapter: Annotated[Path | None, _ADAPTER] = None,
@@ -85,14 +93,19 @@ def generate(
         typer.echo(text)
 
 
-@app.command(epilog="Example: `gemma-lora evaluate --adapter runs/expenses/adapter --data data/expenses/test.jsonl --output scores.json`")
+@app.command(
+    epilog="Example: `gemma-lora evaluate --adapter runs/expenses/adapter --data data/expenses/test.jsonl "
+    "--output scores.json`"
+)
 def evaluate(
     data: Annotated[Path, typer.Option(help="A JSONL file whose responses are the right answers.")],
     adapter: Annotated[Path | None, _ADAPTER] = None,
     model: Annotated[str, _MODEL] = "gemma3-270m",
     output: Annotated[Path | None, typer.Option(help="Where the scores go, as JSON.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")] = 128,
-    skip_bad_lines: Annotated[bool, typer.Option("--skip-bad-lines", help="Count bad lines instead of stopping.")] = False,
+    skip_bad_lines: Annotated[
+        bool, typer.Option("--skip-bad-lines", help="Count bad lines instead of stopping.")
+    ] = False,
 ) -> None:
     """Score an adapter (or the base model) on any file."""
     from gemma_lora.data import read_jsonl

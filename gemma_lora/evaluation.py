@@ -139,9 +139,7 @@ def few_shot_template(template: Template, examples: Sequence[Example]) -> Templa
         for token in template.stop:
             response = response.replace(token, "")
         shown.append(f"{prompt}{response}\n")
-    return dataclasses.replace(
-        template, prompt="".join(shown) + template.prompt, stop=(*template.stop, "\n")
-    )
+    return dataclasses.replace(template, prompt="".join(shown) + template.prompt, stop=(*template.stop, "\n"))
 
 
 def english_text() -> str:

@@ -139,6 +139,10 @@ def _text(value: dict, key: str) -> str:
         raise ValueError(f"the field {key!r} is missing")
     if not isinstance(value[key], str):
         raise ValueError(f"the field {key!r} must be text, this is {type(value[key]).__name__}")
+    try:
+        value[key].encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"the field {key!r} holds half a character (an unpaired \\ud800…\\udfff)") from None
     return value[key]
 
 
@@ -169,7 +173,8 @@ def _conversation(entries: Any, field: str, role_key: str, text_key: str):
     """Checks a chat: turns of user and model in alternation, the model's last; system text joins the first."""
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"the field {field!r} must be a list of turns")
-    system, turns = "", []
+    system = ""
+    turns: list[tuple[str, str]] = []
     for entry in entries:
         if not isinstance(entry, dict):
             raise ValueError(f"a turn of {field!r} must be an object")

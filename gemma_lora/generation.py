@@ -81,7 +81,7 @@ def generate_tokens(
     caches = engine.prefix_caches(prompts[0][:prefix]) if prefix else None
     order = np.argsort([len(p) for p in prompts], kind="stable")
     batch_size = min(batch_size, len(prompts))
-    answers: list[np.ndarray | None] = [None] * len(prompts)
+    answers = [np.zeros(0, np.int32)] * len(prompts)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         # A last, smaller batch repeats its first prompt: one compiled shape serves all.
@@ -202,7 +202,9 @@ class _Engine:
             jnp.asarray(stop_ids, jnp.int32),
             max_steps=max_new_tokens,
         )
-        return [_until_stop(row[n : n + max_new_tokens], stop_ids) for row, n in zip(np.asarray(done), lengths, strict=True)]
+        return [
+            _until_stop(row[n : n + max_new_tokens], stop_ids) for row, n in zip(np.asarray(done), lengths, strict=True)
+        ]
 
 
 def _spread(cache, prefix, batch: int):
@@ -215,4 +217,3 @@ def _spread(cache, prefix, batch: int):
 def _until_stop(row: np.ndarray, stop_ids: Sequence[int]) -> np.ndarray:
     ends = np.flatnonzero(np.isin(row, stop_ids))
     return row[: ends[0]] if len(ends) else row
-

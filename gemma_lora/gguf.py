@@ -125,7 +125,9 @@ def _parse(path: Path) -> Index:
             if field.types and field.types[0] != gguf.GGUFValueType.ARRAY
         }
         tensors = {
-            t.name: Tensor(t.tensor_type.name, tuple(int(n) for n in reversed(t.shape)), int(t.data_offset), int(t.n_bytes))
+            t.name: Tensor(
+                t.tensor_type.name, tuple(int(n) for n in reversed(t.shape)), int(t.data_offset), int(t.n_bytes)
+            )
             for t in reader.tensors
         }
     except (ValueError, IndexError, KeyError, OverflowError, struct.error) as error:
@@ -156,7 +158,9 @@ def _check_contents(path: Path, size: int, fields: dict, tensors: dict[str, Tens
 
 def _tokenizer_proto(path: Path, reader) -> bytes:
     """Rebuilds Gemma's SentencePiece model from the file's pieces, scores and types."""
-    from sentencepiece import sentencepiece_model_pb2 as model_pb2
+    from sentencepiece import sentencepiece_model_pb2
+
+    model_pb2: Any = sentencepiece_model_pb2  # generated code, which the type checker cannot see into
 
     columns = [reader.fields.get(f"tokenizer.ggml.{name}") for name in ("tokens", "scores", "token_type")]
     if any(column is None for column in columns):

@@ -53,5 +53,5 @@ def use_compilation_cache() -> None:
 
     from gemma_lora.gguf import cache_dir
 
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))

@@ -75,7 +75,9 @@ def finetune(settings: Settings, console: Console | None = None) -> dict[str, An
     if settings.model == BUILTIN_NAME:
         console.print(f"[dim]{BUILTIN_NOTE}[/]")
     # Bad lines, too long ones among them, are found before the slow work begins.
-    tuner_settings = {name: getattr(settings, name) for name in ("learning_rate", "warmup", "rows", "row_length", "seed")}
+    tuner_settings = {
+        name: getattr(settings, name) for name in ("learning_rate", "warmup", "rows", "row_length", "seed")
+    }
     data_module.encode(dataset.train, model.preprocessor.tokenizer, dataset.template, settings.row_length)
 
     before: dict[str, Scores] = {}
@@ -112,7 +114,7 @@ def finetune(settings: Settings, console: Console | None = None) -> dict[str, An
         "model_note": BUILTIN_NOTE if settings.model == BUILTIN_NAME else None,
         "machine": machine(),
     }
-    _write_run(run_dir, settings, metrics, tuner.log.rows, tests, before, after)
+    _write_run(run_dir, settings, metrics, tuner.log.rows if tuner.log else [], tests, before, after)
     _show_report(console, run_dir, metrics, tests, before, after)
     return metrics
 
@@ -230,5 +232,6 @@ def require_new(run_dir: str | os.PathLike, overwrite: bool) -> None:
     """
     if (Path(run_dir) / "metrics.json").exists() and not overwrite:
         raise GemmaLoraError(
-            f"{run_dir}: holds a finished run (metrics.json). Choose another --run-dir, or pass --overwrite to replace it."
+            f"{run_dir}: holds a finished run (metrics.json). Choose another --run-dir, "
+            "or pass --overwrite to replace it."
         )

@@ -119,9 +119,7 @@ class _LoRALayer(keras.layers.Layer):
             initializer=keras.initializers.RandomUniform(-limit, limit, seed=self.seed),
             dtype="float32",
         )
-        self.lora_b = self.add_weight(
-            name="lora_b", shape=(self.rank, d_out), initializer="zeros", dtype="float32"
-        )
+        self.lora_b = self.add_weight(name="lora_b", shape=(self.rank, d_out), initializer="zeros", dtype="float32")
 
     def matrix_shape(self) -> tuple[int, int]:
         """`(d_in, d_out)` of the kernel seen as a matrix."""
@@ -317,8 +315,7 @@ def target_names(targets: str | Sequence[str]) -> tuple[str, ...]:
     unknown = [name for name in names if name not in TARGETS]
     if unknown or not names:
         raise ValueError(
-            f"`targets` must name layers among {', '.join(TARGETS)}, or be 'all-linear'. "
-            f"Received: targets={targets!r}"
+            f"`targets` must name layers among {', '.join(TARGETS)}, or be 'all-linear'. Received: targets={targets!r}"
         )
     return tuple(name for name in TARGETS if name in names)
 

@@ -24,9 +24,7 @@ def _chunk_loss(hidden, embeddings, targets, weights, soft_cap, with_gradients):
         (C, V); the latter two are None without gradients.
     """
     # (C, D) x (V, D) -> (C, V), summed in float32 whatever the inputs are.
-    logits = jax.lax.dot_general(
-        hidden, embeddings, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-    )
+    logits = jax.lax.dot_general(hidden, embeddings, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
     if soft_cap is not None:
         logits = soft_cap * jnp.tanh(logits / soft_cap)
     maximum = jnp.max(logits, axis=-1, keepdims=True)
@@ -42,9 +40,7 @@ def _chunk_loss(hidden, embeddings, targets, weights, soft_cap, with_gradients):
     if soft_cap is not None:
         d_logits = d_logits * (1.0 - jnp.square(logits / soft_cap))  # d tanh(x) = 1 - tanh(x)^2
     d_logits = d_logits.astype(embeddings.dtype)
-    d_hidden = jax.lax.dot_general(
-        d_logits, embeddings, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32
-    )
+    d_hidden = jax.lax.dot_general(d_logits, embeddings, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
     return loss, d_hidden, d_logits
 
 
@@ -88,9 +84,7 @@ def _loss_and_gradients(hidden, embeddings, targets, weights, chunk_size, soft_c
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def _summed_loss(hidden, embeddings, targets, weights, chunk_size, soft_cap, train_embeddings):
-    loss, _, _ = _loss_and_gradients(
-        hidden, embeddings, targets, weights, chunk_size, soft_cap, False, False
-    )
+    loss, _, _ = _loss_and_gradients(hidden, embeddings, targets, weights, chunk_size, soft_cap, False, False)
     return loss
 
 

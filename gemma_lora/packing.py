@@ -56,16 +56,18 @@ def pack(
     longest = max((len(t) for t in tokens), default=0)
     if longest > row_length:
         raise ValueError(f"`row_length` must hold the longest example ({longest} tokens). Received: {row_length}")
-    order = np.arange(len(tokens))
+    order = list(range(len(tokens)))
     if seed is not None:
         np.random.default_rng(seed).shuffle(order)
-    batches, current, used = [], [[] for _ in range(rows)], np.zeros(rows, int)
+    batches: list[Batch] = []
+    current: list[list[int]] = [[] for _ in range(rows)]
+    used = np.zeros(rows, int)
     for index in order:
         fitting = np.flatnonzero(used + len(tokens[index]) <= row_length)
         if not len(fitting):
             batches.append(_fill(current, tokens, loss_masks, row_length))
             current, used = [[] for _ in range(rows)], np.zeros(rows, int)
-            fitting = [0]
+            fitting = np.array([0])
         # The fullest row that still has room: fewer scraps of free space at the end.
         row = max(fitting, key=lambda r: used[r])
         current[row].append(index)

@@ -175,9 +175,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise GemmaLoraError(
-            f"{path}: no such file. Give the folder that holds {_CONFIG} and {_WEIGHTS}."
-        ) from None
+        raise GemmaLoraError(f"{path}: no such file. Give the folder that holds {_CONFIG} and {_WEIGHTS}.") from None
     except ValueError as error:
         raise GemmaLoraError(f"{path}: not JSON ({error}). Save the adapter again.") from error
     kind = config.get("peft_type")

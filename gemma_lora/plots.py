@@ -37,11 +37,11 @@ def loss_curve(losses: Sequence[float], ax=None, window: int = 10):
     import numpy as np
 
     ax = _axes(ax)
-    losses = np.asarray(losses, float)
-    steps = np.arange(1, len(losses) + 1)
-    ax.plot(steps, losses, color=INK, linewidth=0.8, alpha=0.5, label="each step")
-    if len(losses) >= window:
-        mean = np.convolve(losses, np.ones(window) / window, mode="valid")
+    values = np.asarray(losses, float)
+    steps = np.arange(1, len(values) + 1)
+    ax.plot(steps, values, color=INK, linewidth=0.8, alpha=0.5, label="each step")
+    if len(values) >= window:
+        mean = np.convolve(values, np.ones(window) / window, mode="valid")
         ax.plot(steps[window - 1 :], mean, color=ACCENT, linewidth=2.2, label=f"mean of {window} steps")
     ax.set_yscale("log")
     ax.set_xlabel("optimizer step")

@@ -96,7 +96,11 @@ class TrainingLog(keras.callbacks.Callback):
                 "with show_mask."
             )
         now = time.perf_counter()
-        row: dict[str, Any] = {"step": len(self.rows) + 1, "loss": round(loss, 6), "seconds": round(now - self._clock, 3)}
+        row = {
+            "step": len(self.rows) + 1,
+            "loss": round(loss, 6),
+            "seconds": round(now - self._clock, 3),
+        }
         if self.tokens:
             row["tokens_per_second"] = round(self.tokens[batch % len(self.tokens)] / (now - self._clock), 1)
         row["memory_bytes"] = memory_bytes()
@@ -150,7 +154,7 @@ class FineTuner(keras.Model):
             raise GemmaLoraError("Nothing in the model is trainable. Call `apply_lora(model, …)` first.")
         self.causal_lm = model
         self.run_dir = Path(run_dir) if run_dir else None
-        self.settings = {
+        self.settings: dict[str, Any] = {
             "learning_rate": learning_rate,
             "warmup": warmup,
             "rows": rows,

@@ -59,14 +59,18 @@ def tiny_gemma(generation: int = 3, seed: int = 0, vocabulary_size: int = 300):
         )
         model = hub.models.Gemma3CausalLM(preprocessor=None, backbone=backbone)
     else:
-        more = {} if generation == 1 else {
-            "use_post_ffw_norm": True,
-            "use_post_attention_norm": True,
-            "final_logit_soft_cap": 3.0,
-            "attention_logit_soft_cap": 5.0,
-            "use_sliding_window_attention": True,
-            "sliding_window_size": 6,
-        }
+        more = (
+            {}
+            if generation == 1
+            else {
+                "use_post_ffw_norm": True,
+                "use_post_attention_norm": True,
+                "final_logit_soft_cap": 3.0,
+                "attention_logit_soft_cap": 5.0,
+                "use_sliding_window_attention": True,
+                "sliding_window_size": 6,
+            }
+        )
         backbone = hub.models.GemmaBackbone(**common, intermediate_dim=48, **more)
         model = hub.models.GemmaCausalLM(preprocessor=None, backbone=backbone)
     rng = np.random.default_rng(seed)

@@ -114,9 +114,7 @@ def plain(text):
     """Western digits for native ones."""
     return (
         "".join(
-            str(unicodedata.digit(char))
-            if char.isdigit() and unicodedata.digit(char, None) is not None
-            else char
+            str(unicodedata.digit(char)) if char.isdigit() and unicodedata.digit(char, None) is not None else char
             for char in text
         )
         .replace("٫", ".")
@@ -387,19 +385,11 @@ def test_train_is_broad_and_even(prepare, built):
     }
     counts = Counter(line.answer["currency"] for line in first)
     assert set(counts) == {
-        line.answer["currency"]
-        for split in ("train", "validation", "test", "test_unseen")
-        for line in built[split]
+        line.answer["currency"] for split in ("train", "validation", "test", "test_unseen") for line in built[split]
     }
     assert min(counts.values()) >= 20
-    assert (
-        len({line.answer["merchant"] for line in train}) >= 3000
-        and len({line.pattern for line in train}) >= 150
-    )
-    assert (
-        max(len(line.prompt) for line in train) <= 160
-        and sum(len(line.prompt) for line in train) / len(train) <= 70
-    )
+    assert len({line.answer["merchant"] for line in train}) >= 3000 and len({line.pattern for line in train}) >= 150
+    assert max(len(line.prompt) for line in train) <= 160 and sum(len(line.prompt) for line in train) / len(train) <= 70
 
 
 def scripts(text):
@@ -423,6 +413,4 @@ def test_new_locales_show_scripts_months_and_currencies_that_train_never_shows(b
     new = built["test_new_locales"]
     shown = set().union(*(scripts(line.prompt) for line in new))
     assert len({line.locale for line in new}) >= 6 and len(shown - train_scripts) >= 3
-    assert not {line.answer["currency"] for line in new} & {
-        line.answer["currency"] for line in built["train"]
-    }
+    assert not {line.answer["currency"] for line in new} & {line.answer["currency"] for line in built["train"]}

@@ -33,12 +33,12 @@ CASES = {
 @pytest.mark.parametrize("rslora", [False, True])
 def test_einsum_update_is_a_dense_update(case, rslora):
     base, shape = CASES[case]()
-    kernel = np.array(base.kernel)
+    kernel = np.asarray(base.kernel)
     layer = filled(lora.LoRAEinsumDense(base, rank=4, alpha=6, rslora=rslora, seed=1))
     x = np.random.default_rng(0).normal(size=shape).astype("float32")
     # By hand: scaling * A B as a matrix, brought to the kernel's axes by einsum's own letters.
     scaling = 6 / (np.sqrt(4) if rslora else 4)
-    matrix = scaling * np.array(layer.lora_a) @ np.array(layer.lora_b)
+    matrix = scaling * np.asarray(layer.lora_a) @ np.asarray(layer.lora_b)
     _, contracted, new, letters = lora.einsum_axes(base.equation)
     sizes = dict(zip(letters, kernel.shape, strict=True))
     update = np.einsum(f"{contracted}{new}->{letters}", matrix.reshape([sizes[a] for a in contracted + new]))
@@ -56,9 +56,9 @@ def test_dense_keeps_bias_and_activation():
     dense = keras.layers.Dense(4, activation="relu", bias_initializer="ones")
     dense.build((None, 3))
     x = np.random.default_rng(0).normal(size=(5, 3)).astype("float32")
-    kernel = np.array(dense.kernel)
+    kernel = np.asarray(dense.kernel)
     layer = filled(lora.LoRADense(dense, rank=2, alpha=2))
-    expected = np.maximum(x @ (kernel + np.array(layer.lora_a) @ np.array(layer.lora_b)) + 1, 0)
+    expected = np.maximum(x @ (kernel + np.asarray(layer.lora_a) @ np.asarray(layer.lora_b)) + 1, 0)
     np.testing.assert_allclose(layer(x), expected, atol=1e-5)
 
 
@@ -66,7 +66,7 @@ def test_a_new_layer_changes_nothing_and_trains_only_a_and_b():
     dense = keras.layers.Dense(4)
     dense.build((None, 3))
     x = np.ones((2, 3), "float32")
-    before = np.array(dense(x))
+    before = np.asarray(dense(x))
     layer = lora.LoRADense(dense, rank=2)
     np.testing.assert_array_equal(layer(x), before)
     assert [v.name for v in layer.trainable_variables] == ["lora_a", "lora_b"]
@@ -75,7 +75,7 @@ def test_a_new_layer_changes_nothing_and_trains_only_a_and_b():
 def test_start_of_a_is_pefts():
     dense = keras.layers.Dense(64)
     dense.build((None, 400))
-    a = np.array(lora.LoRADense(dense, rank=32, seed=0).lora_a)
+    a = np.asarray(lora.LoRADense(dense, rank=32, seed=0).lora_a)
     assert abs(a).max() <= 1 / 20 and abs(a.std() - 1 / 20 / np.sqrt(3)) < 2e-3
 
 
@@ -84,9 +84,9 @@ def test_dropout_only_while_training():
     dense.build((None, 50))
     layer = filled(lora.LoRADense(dense, rank=2, dropout=0.5, seed=0))
     x = np.ones((1, 50), "float32")
-    still = np.array(layer(x, training=False))
+    still = np.asarray(layer(x, training=False))
     np.testing.assert_array_equal(layer(x, training=False), still)
-    assert np.abs(np.array(layer(x, training=True)) - still).max() > 1e-3
+    assert np.abs(np.asarray(layer(x, training=True)) - still).max() > 1e-3
 
 
 @pytest.mark.parametrize("equation", ["btd,bdh->bth", "btd,dh->bht", "btd,hd->tbh"])
@@ -101,7 +101,7 @@ SUBSETS = [s for n in (1, 2, 7) for s in itertools.combinations(lora.TARGETS, n)
 @pytest.mark.parametrize("targets", SUBSETS, ids="+".join)
 def test_any_subset_of_targets(gemma, targets):
     x = {"token_ids": np.arange(12)[None] + 5, "padding_mask": np.ones((1, 12), "int32")}
-    before = np.array(gemma.backbone(x))
+    before = np.asarray(gemma.backbone(x))
     lora.apply_lora(gemma, rank=2, targets=targets)
     layers = lora.lora_layers(gemma)
     assert len(layers) == 2 * len(targets)
@@ -109,7 +109,7 @@ def test_any_subset_of_targets(gemma, targets):
     np.testing.assert_allclose(gemma.backbone(x), before, atol=1e-5)
     for number, layer in enumerate(layers):
         filled(layer, number)
-    with_adapter = np.array(gemma.backbone(x))
+    with_adapter = np.asarray(gemma.backbone(x))
     assert np.abs(with_adapter - before).max() > 1e-3
     lora.merge_lora(gemma)
     np.testing.assert_allclose(gemma.backbone(x), with_adapter, atol=2e-4)

@@ -79,7 +79,11 @@ def test_frozen_embeddings_get_no_gradient():
 
 @pytest.mark.parametrize(
     "change, message",
-    [({"chunk_size": 0}, "chunk_size"), ({"targets": jnp.zeros((2, 2), int)}, "targets"), ({"embeddings": jnp.ones((4, 3))}, "agree")],
+    [
+        ({"chunk_size": 0}, "chunk_size"),
+        ({"targets": jnp.zeros((2, 2), int)}, "targets"),
+        ({"embeddings": jnp.ones((4, 3))}, "agree"),
+    ],
 )
 def test_bad_arguments_are_named(change, message):
     names = ("hidden", "embeddings", "targets", "weights")

@@ -70,8 +70,8 @@ def test_a_mask_of_ones_means_what_it_meant(any_gemma):
     ids = np.arange(20).reshape(2, 10) + 5
     padding = np.ones((2, 10), "int32")
     padding[1, 6:] = 0
-    ours = np.array(any_gemma.backbone({"token_ids": ids, "padding_mask": padding}))
+    ours = np.asarray(any_gemma.backbone({"token_ids": ids, "padding_mask": padding}))
     for block in any_gemma.backbone.transformer_layers:
         del block._compute_attention_mask
-    theirs = np.array(any_gemma.backbone({"token_ids": ids, "padding_mask": padding}))
+    theirs = np.asarray(any_gemma.backbone({"token_ids": ids, "padding_mask": padding}))
     np.testing.assert_allclose(ours[padding > 0], theirs[padding > 0], atol=1e-6)

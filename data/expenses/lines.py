@@ -196,10 +196,7 @@ def date_patterns(locale: str, year: bool) -> dict[str, list[str]]:
         return [skeletons[name].pattern for name in names if name in skeletons]
 
     if year:
-        found = [
-            data.date_formats[width].pattern
-            for width in ("medium", "medium", "long", "long", "full", "short")
-        ]
+        found = [data.date_formats[width].pattern for width in ("medium", "medium", "long", "long", "full", "short")]
         found += of("yMMMd", "yMMMd", "yMMMEd", "yMd")
         custom = CUSTOM if locale[:2] not in ("ja", "ko", "zh", "he", "ar", "hi", "th") else CUSTOM[:1]
         found += custom if locale[:2] not in ("ja", "ko", "zh") else []

@@ -195,9 +195,7 @@ def choose_pattern(rng: Random, language: str, pool: str, avoid) -> str:
             pattern = rng.choice(table[spoken])
         else:
             families = pt.train_patterns(spoken)
-            pattern = rng.choice(
-                families[rng.choices(["bare", "labelled", "sentence"], [0.35, 0.25, 0.4])[0]]
-            )
+            pattern = rng.choice(families[rng.choices(["bare", "labelled", "sentence"], [0.35, 0.25, 0.4])[0]])
         if not avoid(pattern):
             return pattern
 
@@ -234,9 +232,7 @@ def with_taxes(
     small = ln.render_number(rng, part, currency, locale, True, fractions=True)
     rest = ln.render_number(rng, total - part, currency, locale, True, fractions=True)
     if sentence:
-        return text, rng.choice(
-            [f" (incl. {tax} {small})", f" ({tax} {small} incl.)", f", incl. {tax} {small}"]
-        )
+        return text, rng.choice([f" (incl. {tax} {small})", f" ({tax} {small} incl.)", f", incl. {tax} {small}"])
     if total == part or rng.random() < 0.4:
         return f"{tax} {small} {total_word} {text}", ""
     return f"{subtotal_word} {rest} {tax} {small} {total_word} {text}", ""
@@ -255,9 +251,7 @@ def add_words(rng: Random, line: str, language: str) -> str:
         return line + rng.choice([" - {x}", ", {x}", " | {x}", " ({x})"]).format(x=note)
     leads = LEADS + [LEADS_LOCAL[language]] * 3 if language in LEADS_LOCAL else LEADS
     return (
-        rng.choice(["{x}: ", "{x} - ", "{x} | ", "{x} / "]).format(
-            x=rng.choice(leads).format(t=rng.randint(2, 40))
-        )
+        rng.choice(["{x}: ", "{x} - ", "{x} | ", "{x} / "]).format(x=rng.choice(leads).format(t=rng.randint(2, 40)))
         + line
     )
 
@@ -279,9 +273,7 @@ class Maker:
         self.locales = ln.NEW_LOCALES if split == "test_new_locales" else ln.TRAIN_LOCALES
         self.locale_deck = Deck(self.locales, self.rng)
         self.months = {locale: Deck(range(1, 13), self.rng) for locale in self.locales}
-        self.kinds = {
-            locale: Deck(["named"] * 7 + ["iso"] + ["numeric"] * 3, self.rng) for locale in self.locales
-        }
+        self.kinds = {locale: Deck(["named"] * 7 + ["iso"] + ["numeric"] * 3, self.rng) for locale in self.locales}
         self.noisy = Deck([True, False, False], self.rng)
         self.noises = Deck(NOISE, self.rng)
         self.foreign = Deck(ln.FOREIGN, self.rng)
@@ -305,9 +297,7 @@ class Maker:
         answer = {"date": day.isoformat(), "amount": str(amount), "currency": currency, "merchant": name}
         return Line(text, answer, locale, language, pattern, noise, words, month)
 
-    def write(
-        self, locale, language, home, currency, noise, name, pattern, day
-    ) -> tuple[str, Decimal] | None:
+    def write(self, locale, language, home, currency, noise, name, pattern, day) -> tuple[str, Decimal] | None:
         """The line's text and amount, or None where an OCR slip found no digit to take."""
         rng = self.rng
         kind = self.kinds[locale].deal()
@@ -315,9 +305,7 @@ class Maker:
         form = rng.choice(ln.date_patterns(locale, "missing_year" not in noise)[kind])
         when = ln.render_date(rng, day, form, locale)
         amount = ln.draw_amount(rng, currency)
-        tight = (
-            bool(re.search(r"\{[adm]\}\W*\{[ad]\}|\{[ad]\}\W*\{[adm]\}", pattern)) or "tips_taxes" in noise
-        )
+        tight = bool(re.search(r"\{[adm]\}\W*\{[ad]\}|\{[ad]\}\W*\{[adm]\}", pattern)) or "tips_taxes" in noise
         money, unstated = ln.render_amount(rng, amount, currency, locale, language, tight)
         if language == "ar" and rng.random() < 0.35 and not noise:
             money, when = money.translate(ln.ARABIC_NUMBER), when.translate(ln.ARABIC_DIGITS)
@@ -333,18 +321,14 @@ class Maker:
             money, note = with_taxes(rng, amount, money, currency, locale, language, sentence)
         order = ln.date_order(form) if ln.needs_order(form, day) else None
         text = self.assemble(pattern, {"d": when, "a": money, "m": name}, noise, language) + note
-        return self.frame(
-            text, home if order and not unstated else currency, order, unstated, noise, day
-        ), amount
+        return self.frame(text, home if order and not unstated else currency, order, unstated, noise, day), amount
 
     def assemble(self, pattern: str, fields: dict[str, str], noise, language: str) -> str:
         """Fills the pattern and adds abbreviations and extra words."""
         rng = self.rng
         lead = "{l}"
         if "abbreviation" in noise:
-            plain = pattern in pt.bare_patterns() and not re.search(
-                r"\{m\} +\{a\}|\{[ad]\} +\{[ad]\}", pattern
-            )
+            plain = pattern in pt.bare_patterns() and not re.search(r"\{m\} +\{a\}|\{[ad]\} +\{[ad]\}", pattern)
             if plain and rng.random() < 0.6:
                 fields["a"] = rng.choice(SHORT_TOTALS).format(a=fields["a"])
             else:
@@ -414,9 +398,7 @@ def update_readme(folder: Path, sums: dict[str, str]) -> None:
     table = "\n".join(
         ["<!-- checksums -->", "| file | lines | SHA-256 |", "|---|---:|---|", *rows, "<!-- /checksums -->"]
     )
-    text = re.sub(
-        r"<!-- checksums -->.*<!-- /checksums -->", lambda _: table, path.read_text("utf-8"), flags=re.S
-    )
+    text = re.sub(r"<!-- checksums -->.*<!-- /checksums -->", lambda _: table, path.read_text("utf-8"), flags=re.S)
     write_atomic(path, text.encode())
 
 
@@ -433,14 +415,10 @@ def main(arguments: list[str] | None = None) -> int:
         action="store_true",
         help="write nothing; exit 1 if a file differs from what would be built",
     )
-    parser.add_argument(
-        "--output", type=Path, default=FOLDER, help="folder to write to (default: this file's folder)"
-    )
+    parser.add_argument("--output", type=Path, default=FOLDER, help="folder to write to (default: this file's folder)")
     chosen = parser.parse_args(arguments)
     files = {f"{split}.jsonl": to_jsonl(kept) for split, kept in build().items()}
-    sums = {
-        name.removesuffix(".jsonl"): hashlib.sha256(content).hexdigest() for name, content in files.items()
-    }
+    sums = {name.removesuffix(".jsonl"): hashlib.sha256(content).hexdigest() for name, content in files.items()}
     files["SHA256SUMS"] = "".join(f"{digest}  {split}.jsonl\n" for split, digest in sums.items()).encode()
     if chosen.check:
         differing = [

@@ -255,13 +255,10 @@ TYPES = {
         "Αρτοποιείο, Βιβλιοπωλείο, Εστιατόριο, Ζαχαροπλαστείο, Καφέ, Καφενείο, Κρεοπωλείο, Μεζεδοπωλείο, "
         "Ξενοδοχείο, Ουζερί, Παντοπωλείο, Πιτσαρία, Ταβέρνα, Φαρμακείο, Φούρνος"
     ),
-    "he": _split(
-        "בית קפה, חומוס, מאפיית, מלון, מסעדת, מכולת, מרכול, סופר, פיצה, פלאפל, קפה, קונדיטוריה, בית מרקחת"
-    ),
+    "he": _split("בית קפה, חומוס, מאפיית, מלון, מסעדת, מכולת, מרכול, סופר, פיצה, פלאפל, קפה, קונדיטוריה, בית מרקחת"),
     "ar": _split("أسواق, بقالة, حلويات, صيدلية, فندق, كافيه, مخبز, مطعم, مغسلة, مقهى, مكتبة, ورشة, محل"),
     "hi": _split(
-        "कैफ़े, किराना स्टोर, ज्वेलर्स, टी स्टॉल, ढाबा, बुक डिपो, भोजनालय, मिष्ठान भंडार, मेडिकल, "
-        "रेस्टोरेंट, स्टोर्स, स्वीट्स, होटल"
+        "कैफ़े, किराना स्टोर, ज्वेलर्स, टी स्टॉल, ढाबा, बुक डिपो, भोजनालय, मिष्ठान भंडार, मेडिकल, रेस्टोरेंट, स्टोर्स, स्वीट्स, होटल"
     ),
     "th": _split("กาแฟ, ก๋วยเตี๋ยว, ข้าวแกง, คาเฟ่, เบเกอรี่, ร้านขนม, ร้านยา, ร้านหนังสือ, ร้านอาหาร, โรงแรม, ครัว, ซักรีด"),
     "ja": _split(
@@ -300,16 +297,12 @@ SHAPES = {
         "T W, T W, T du W, Le W, La W, Chez W, T W & V, T W et Fils, Au W V, Le Petit W, L'atelier W, T de "
         "la W V, T W V"
     ),
-    "es": _split(
-        "T W, T W, T El W, T La W, Casa W, El W, T W y V, T Hermanos W, La W de V, T Los W, T W V, Nueva T W"
-    ),
+    "es": _split("T W, T W, T El W, T La W, Casa W, El W, T W y V, T Hermanos W, La W de V, T Los W, T W V, Nueva T W"),
     "it": _split(
-        "T W, T W, T da W, T Al W, Da W, T W & V, T La W, Antica T W, Il W, L'W, T W dal 1957, T del W V, "
-        "Fratelli W"
+        "T W, T W, T da W, T Al W, Da W, T W & V, T La W, Antica T W, Il W, L'W, T W dal 1957, T del W V, Fratelli W"
     ),
     "pt": _split(
-        "T W, T W, T do W, T da W, Casa W, T W & V, T W e V, Bar do W, T São W, Empório W, T Irmãos W, T W "
-        "V Ltda"
+        "T W, T W, T do W, T da W, Casa W, T W & V, T W e V, Bar do W, T São W, Empório W, T Irmãos W, T W V Ltda"
     ),
     "nl": _split("T W, T W, T De W, W T, De W, 't W, T W & Zn., Het W, T W & V, W en V, T W B.V., T W-V"),
     "sv": _split("T W, W T, W T, W & V, Ws T, Gamla W T, W V T, W & Söner T, T W AB, W T 1902, T W & V"),

@@ -1,0 +1,123 @@
+"""PEFT folders: written as PEFT writes them, read back, and refused with a reason."""
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from gemma_lora import lora
+from gemma_lora.files import GemmaLoraError
+from gemma_lora.peft import load_adapter, save_adapter
+from gemma_lora.templates import Template
+from tests.conftest import tiny_gemma
+
+INPUTS = {"token_ids": np.arange(12)[None] + 5, "padding_mask": np.ones((1, 12), "int32")}
+
+
+def trained(model, targets="all-linear", **named):
+    lora.apply_lora(model, rank=3, targets=targets, **named)
+    for number, layer in enumerate(lora.lora_layers(model)):
+        layer.lora_b.assign(np.random.default_rng(number).normal(0, 0.2, layer.lora_b.shape))
+    return model
+
+
+@pytest.mark.parametrize("targets", [("query", "value"), ("down",), "all-linear"])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_round_trip(tmp_path, any_gemma, targets, rslora):
+    template = Template("Q: {prompt}\nA:", " {response}<eos>")
+    trained(any_gemma, targets, alpha=5, rslora=rslora)
+    expected = np.asarray(any_gemma.backbone(INPUTS))
+    save_adapter(any_gemma, tmp_path / "adapter", template=template)
+    lora.detach_lora(any_gemma)
+    base = np.asarray(any_gemma.backbone(INPUTS))
+    load_adapter(any_gemma, tmp_path / "adapter")
+    np.testing.assert_allclose(any_gemma.backbone(INPUTS), expected, atol=1e-5)
+    assert np.abs(expected - base).max() > 1e-3
+    assert any_gemma.gemma_lora_template == template
+
+
+def test_names_and_shapes_are_pefts(tmp_path, gemma):
+    """PEFT: base_model.model.<transformers' module>.lora_A.weight is (r, d_in), lora_B.weight is (d_out, r)."""
+    trained(gemma)
+    save_adapter(gemma, tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    prefix = "base_model.model.model.layers.1."
+    shapes = {name.removeprefix(prefix): t.shape for name, t in tensors.items() if name.startswith(prefix)}
+    sizes = {
+        "q": (16, 32),
+        "k": (16, 16),
+        "v": (16, 16),
+        "o": (32, 16),
+        "gate": (16, 24),
+        "up": (16, 24),
+        "down": (24, 16),
+    }
+    expected = {}
+    for name, (d_in, d_out) in sizes.items():
+        module = f"{'self_attn' if name in 'qkvo' else 'mlp'}.{name}_proj"
+        expected |= {f"{module}.lora_A.weight": (3, d_in), f"{module}.lora_B.weight": (d_out, 3)}
+    assert shapes == expected
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA" and config["r"] == 3 and config["lora_alpha"] == 6
+    assert config["target_modules"] == sorted(f"{name}_proj" for name in sizes)
+
+
+def test_adapters_are_swapped(tmp_path, gemma):
+    trained(gemma, ("query",))
+    save_adapter(gemma, tmp_path / "a")
+    first = np.asarray(gemma.backbone(INPUTS))
+    for layer in lora.lora_layers(gemma):
+        layer.lora_b.assign(-2 * layer.lora_b.value)
+    save_adapter(gemma, tmp_path / "b")
+    load_adapter(gemma, tmp_path / "a")
+    np.testing.assert_allclose(gemma.backbone(INPUTS), first, atol=1e-6)
+
+
+def folder(tmp_path, model):
+    save_adapter(trained(model), tmp_path)
+    lora.detach_lora(model)
+    return tmp_path
+
+
+def edit_config(path, **changes):
+    config = json.loads((path / "adapter_config.json").read_text()) | changes
+    (path / "adapter_config.json").write_text(json.dumps(config))
+
+
+def edit_tensors(path, change):
+    file = path / "adapter_model.safetensors"
+    save_file({k: np.ascontiguousarray(v) for k, v in change(load_file(file)).items()}, file)
+
+
+SPOILERS = {
+    "no such file": lambda p: (p / "adapter_config.json").unlink(),
+    "no such file. PEFT": lambda p: (p / "adapter_model.safetensors").unlink(),
+    "not JSON": lambda p: (p / "adapter_config.json").write_text("{"),
+    "peft_type is 'IA3'": lambda p: edit_config(p, peft_type="IA3"),
+    "use_dora": lambda p: edit_config(p, use_dora=True),
+    "lora_alpha": lambda p: edit_config(p, lora_alpha=None),
+    "cannot be read": lambda p: (p / "adapter_model.safetensors").write_bytes(b"\x10" * 40),
+    "another model": lambda p: edit_tensors(p, lambda t: {k.replace("layers.0", "layers.7"): v for k, v in t.items()}),
+    "needs A": lambda p: edit_tensors(p, lambda t: {k: v[..., :2] for k, v in t.items()}),
+    "changes nothing": lambda p: edit_tensors(p, lambda t: {k: v * ("lora_A" in k) for k, v in t.items()}),
+    "lacks lora_A or lora_B": lambda p: edit_tensors(p, lambda t: dict(list(t.items())[1:])),
+    "neither lora_A nor lora_B": lambda p: edit_tensors(p, lambda t: t | {"x.bias": np.ones(2, "float32")}),
+}
+
+
+@pytest.mark.parametrize("message", SPOILERS)
+def test_a_bad_folder_is_refused_and_the_model_unchanged(tmp_path, gemma, message):
+    path = folder(tmp_path, gemma)
+    before = np.asarray(gemma.backbone(INPUTS))
+    SPOILERS[message](path)
+    with pytest.raises(GemmaLoraError, match=message):
+        load_adapter(gemma, path)
+    np.testing.assert_array_equal(gemma.backbone(INPUTS), before)
+    assert not lora.lora_layers(gemma)
+
+
+def test_a_model_without_lora_is_not_saved(tmp_path):
+    with pytest.raises(GemmaLoraError, match="no LoRA"):
+        save_adapter(tiny_gemma(), tmp_path / "x")
+    assert not (tmp_path / "x").exists()
