@@ -33,11 +33,11 @@ env: $(VENV)/.complete ## the whole environment in .venv (3 minutes, 3.5 GB of d
 
 finetune: $(VENV)/.runtime ## fine-tune Gemma 3 270M on data/expenses, with a report (two cores: 15 minutes, 7 GB of memory)
 	@echo "Fine-tuning Gemma 3 270M on data/expenses. On two cores: about 12 minutes, 7 GB of memory, 0.3 GB of disk."
-	$(BIN)/gemma-lora finetune --data data/expenses --run-dir runs/expenses --overwrite
+	$(BIN)/gemma-lora finetune --data data/expenses --run-dir runs/expenses $(ARGS)
 
 test: env ## unit tests, then every notebook under nbval (two cores: 15 minutes, 7 GB of memory)
 	@echo "Unit tests, then every notebook. On two cores: about 15 minutes, 7 GB of memory."
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 	$(BIN)/python -m pytest -q $(NBVAL) notebooks
 
 lint: env ## ruff (notebooks too) and mypy (1 minute)
@@ -54,7 +54,7 @@ data: env ## rebuild data/expenses and compare checksums (1 minute)
 pins: ## write constraints.txt anew from the newest versions that pyproject.toml allows (5 minutes)
 	@echo "Resolving in a throw-away environment: about 5 minutes, 3.5 GB of disk."
 	$(PYTHON) -m venv .venv-pins
-	.venv-pins/bin/python -m pip install --quiet --upgrade ".[weights,notebooks,data,dev]"
+	.venv-pins/bin/python -m pip install --quiet --upgrade ".[weights,notebooks,data,dev,parity,operations]"
 	{ echo "# Every version of the environment, made by \`make pins\`. For fresh environments only: never apply it inside"; \
 	  echo "# a live session such as Colab's or Kaggle's, whose own packages it would replace."; \
 	  .venv-pins/bin/python -m pip freeze --exclude gemma_lora | grep -E '^[A-Za-z0-9_.-]+=='; } > constraints.txt.tmp

@@ -9,8 +9,9 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
-from gemma_lora.files import GemmaLoraError, write_json_atomic
+from gemma_lora.files import GemmaLoraError, require_writable, write_json_atomic
 
 app = typer.Typer(
     add_completion=False,
@@ -41,17 +42,22 @@ def finetune(
     learning_rate: Annotated[float, typer.Option(min=0.0, help="Peak rate of Adam.")] = 2e-3,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training lines.")] = 1,
     limit: Annotated[int | None, typer.Option(min=1, help="Train on the first so many lines only.")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Packed rows a batch.")] = 4,
     row_length: Annotated[int, typer.Option(min=32, help="Tokens a packed row; the longest line must fit.")] = 256,
+    accumulate: Annotated[int, typer.Option(min=1, help="Batches whose gradients make one step.")] = 1,
+    remat: Annotated[bool, typer.Option("--remat", help="Compute activations twice: less memory, more time.")] = False,
     seed: Annotated[int, typer.Option(help="Start of A and order of the lines.")] = 0,
     skip_bad_lines: Annotated[
         bool, typer.Option("--skip-bad-lines", help="Count bad lines instead of stopping.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished run in the same folder.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew in a folder that holds a run.")] = False,
 ) -> None:
-    """Fine-tune with LoRA and report what changed, before and after."""
+    """Fine-tune with LoRA and report what changed, before and after.
+
+    A run that was stopped, in whatever way, goes on when the same command is run again.
+    """
     from gemma_lora import job
 
-    job.require_new(run_dir, overwrite)
     names = targets if targets == "all-linear" else tuple(t.strip() for t in targets.split(","))
     from gemma_lora.lora import target_names
 
@@ -69,11 +75,15 @@ def finetune(
             learning_rate=learning_rate,
             epochs=epochs,
             limit=limit,
+            rows=rows,
             row_length=row_length,
+            accumulate=accumulate,
+            remat=remat,
             seed=seed,
             skip_bad_lines=skip_bad_lines,
         ),
         Console(),
+        overwrite=overwrite,
     )
 
 
@@ -108,11 +118,19 @@ def evaluate(
     ] = False,
 ) -> None:
     """Score an adapter (or the base model) on any file."""
-    from gemma_lora.data import read_jsonl
     from gemma_lora.evaluation import evaluate as score
+    from gemma_lora.formats import BadLines, read_jsonl
     from gemma_lora.job import progress_bar
 
-    examples = read_jsonl(data, skip_bad_lines=skip_bad_lines)
+    if output is not None:
+        require_writable(output, "--output")
+    bad = BadLines(skip_bad_lines)
+    examples = read_jsonl(data, bad=bad)
+    bad.finish()
+    for file, count in bad.files.items():
+        typer.echo(f"Bad lines skipped: {count} in {file}.", err=True)
+    if not examples:
+        raise GemmaLoraError(f"{data}: holds no usable example. Give one JSON object a line.")
     loaded = _load(model, adapter)
     with progress_bar(Console(stderr=True), str(data), len(examples)) as advance:
         scores = score(loaded, examples, max_new_tokens=max_new_tokens, on_progress=advance).to_dict()
@@ -131,6 +149,8 @@ def _load(model: str, adapter: Path | None):
     use_compilation_cache()
     if adapter is not None and not adapter.is_dir():
         raise GemmaLoraError(f"{adapter}: no such folder. Give an adapter folder, such as runs/expenses/adapter.")
+    if adapter is not None and not (adapter / "adapter_config.json").is_file():
+        raise GemmaLoraError(f"{adapter}: holds no adapter_config.json. Give a folder that save_adapter or PEFT wrote.")
     loaded = load_gemma(model)
     return load_adapter(loaded, adapter) if adapter is not None else loaded
 
@@ -141,7 +161,8 @@ def main() -> None:
     try:
         app()
     except (GemmaLoraError, ValueError, OSError) as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        message = Text.assemble(("error: ", "bold red"), str(error))  # not markup: a file may be called "[/]"
+        Console(stderr=True).print(message, highlight=False, soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
         Console(stderr=True).print("stopped", highlight=False)

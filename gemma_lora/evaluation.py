@@ -10,13 +10,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import keras
 import numpy as np
 
-from gemma_lora.data import Example, Template
-from gemma_lora.files import GemmaLoraError
-from gemma_lora.generation import generate
-from gemma_lora.loss import chunked_cross_entropy
+from gemma_lora.backend import require_jax
+
+require_jax()
+
+import keras  # noqa: E402
+
+from gemma_lora.data import Example, Template  # noqa: E402
+from gemma_lora.files import GemmaLoraError  # noqa: E402
+from gemma_lora.generation import generate  # noqa: E402
+from gemma_lora.loss import chunked_cross_entropy  # noqa: E402
 
 
 def parse_object(text: str) -> dict[str, Any] | None:

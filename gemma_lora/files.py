@@ -62,6 +62,28 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         raise
 
 
+def require_writable(path: str | os.PathLike, option: str) -> None:
+    """Raises if no file can be written at `path`: to be called before slow work whose result goes there.
+
+    Args:
+        path: Where the file is to stand. Missing parent folders are made.
+        option: The option that gave the path, for the message.
+
+    Raises:
+        GemmaLoraError: It names the path, the reason and the option.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+        reason = "it is a folder" if path.is_dir() else None
+    except OSError as error:
+        reason = error.strerror
+    if reason:
+        raise GemmaLoraError(f"{path}: cannot be written ({reason}). Give another {option}.")
+
+
 def write_text_atomic(path: str | os.PathLike, text: str) -> None:
     """Writes UTF-8 text to `path`, whole or not at all."""
     with atomic_path(path) as temporary:

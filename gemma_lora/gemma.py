@@ -135,7 +135,10 @@ def _from_gguf(path: Path, dtype: str):
         backbone = hub.models.Gemma3Backbone(**config, dtype=dtype)
     for variable, value in gguf.weights_for(index, backbone):
         if tuple(variable.shape) != value.shape:
-            raise GemmaLoraError(f"{path}: {variable.path} needs shape {variable.shape}, the file has {value.shape}.")
+            raise GemmaLoraError(
+                f"{path}: {variable.path} needs shape {tuple(variable.shape)}, the file has {value.shape}. "
+                "Convert it again."
+            )
         variable.assign(value)
     tokenizer = hub.tokenizers.Gemma3Tokenizer(proto=index.tokenizer, has_vision_tokens=False)
     preprocessor = hub.models.Gemma3CausalLMPreprocessor(tokenizer, sequence_length=512)
@@ -147,10 +150,12 @@ def _cheap_initializers() -> Iterator[None]:
     """Zeros in place of random numbers, for weights that are about to be overwritten."""
     import keras
 
+    from gemma_lora.gguf import aligned_zeros
+
     cls, original = keras.initializers.VarianceScaling, keras.initializers.VarianceScaling.__call__
 
     def zeros(self, shape, dtype=None):
-        return keras.ops.zeros(shape, dtype=dtype)
+        return keras.ops.convert_to_tensor(aligned_zeros(tuple(shape)), dtype=dtype)
 
     cls.__call__ = zeros
     try:
@@ -176,14 +181,18 @@ def _from_preset(source: str, dtype: str):
 def _preset_remedy(source: str, error: Exception) -> str:
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     text = f"{type(error).__name__} {error}".lower()
-    if any(word in text for word in ("401", "403", "gated", "unauthorized", "forbidden", "credential", "permission")):
+    # KerasHub's words for a folder without config.json speak of permissions; a folder here needs no account.
+    local = Path(source).exists()
+    refused = ("401", "403", "gated", "unauthorized", "forbidden", "credential", "permission")
+    unreachable = ("resolve", "resolution", "connect", "name or service", "timed out", "timeout", "max retries")
+    if not local and any(word in text for word in refused):
         site = "huggingface.co" if source.startswith("hf://") else "kaggle.com"
         variables = "HF_TOKEN" if source.startswith("hf://") else "KAGGLE_USERNAME and KAGGLE_KEY"
         remedy = (
             f"Access was refused. Accept the Gemma licence on {site} with your account and set {variables}; "
             "or use load_gemma() without an argument, which needs no account."
         )
-    elif any(word in text for word in ("resolve", "connection", "timed out", "timeout", "network", "max retries")):
+    elif not local and any(word in text for word in unreachable):
         remedy = "The hub cannot be reached. Check the connection, or use load_gemma() without an argument."
     else:
         remedy = (

@@ -14,8 +14,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import keras
 import numpy as np
+
+from gemma_lora.backend import require_jax
+
+require_jax()
+
+import keras  # noqa: E402
 
 _BUCKET = 16  # prefill lengths are multiples of this, so that few shapes are compiled
 _MIN_PREFIX = 32  # a shared beginning shorter than this is not worth its own pass
@@ -113,7 +118,7 @@ class _Engine:
         self.variables = list(self.backbone.variables)
         self.values = [v.value for v in self.variables]
         self.prefill = jax.jit(self._prefill, donate_argnums=(2,))
-        self.decode = jax.jit(self._decode, donate_argnums=(1, 3), static_argnames=("max_steps",))
+        self.decode = jax.jit(self._decode, donate_argnums=(1,), static_argnames=("max_steps",))
 
     def _empty_caches(self, batch: int, length: int) -> list:
         backbone = self.backbone

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import mmap
 import os
 import struct
 from collections.abc import Iterator
@@ -17,11 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from gemma_lora.files import GemmaLoraError, atomic_path, write_json_atomic
+from gemma_lora.files import GemmaLoraError, atomic_path, sha256_of, write_json_atomic
 
-_INDEX_VERSION = 1
+_INDEX_VERSION = 2
+_DECODED_AT_ONCE = 1 << 20  # weights
 #: SentencePiece's numbers for kinds of pieces; GGUF uses the same.
-_UNKNOWN = 2
+_UNKNOWN, _USER_DEFINED = 2, 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +71,9 @@ def read_index(path: str | os.PathLike) -> Index:
     path = Path(path).expanduser().resolve()
     _check_magic(path)
     stat = path.stat()
-    key = f"{path.stem}-{stat.st_size}-{stat.st_mtime_ns}-v{_INDEX_VERSION}"
+    # Size and time of change can be another file's: archives and `cp -p` set the time. Inode and status change cannot.
+    identity = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+    key = f"{path.stem}-{'-'.join(map(str, identity))}-v{_INDEX_VERSION}"
     cached = cache_dir() / "gguf" / f"{key}.json"
     index = _read_cached(path, cached)
     if index is None:
@@ -95,10 +99,12 @@ def _check_magic(path: Path) -> None:
 def _read_cached(path: Path, cached: Path) -> Index | None:
     try:
         stored = json.loads(cached.read_text(encoding="utf-8"))
+        if sha256_of(cached.with_suffix(".spm")) != stored["tokenizer_sha256"]:
+            return None
         tokenizer = cached.with_suffix(".spm").read_bytes()
         tensors = {name: Tensor(t[0], tuple(t[1]), t[2], t[3]) for name, t in stored["tensors"].items()}
         return Index(path, stored["fields"], tensors, tokenizer)
-    except (OSError, ValueError, KeyError, IndexError):
+    except (OSError, ValueError, KeyError, IndexError, TypeError):
         return None  # absent, or unreadable: it is made again
 
 
@@ -107,7 +113,8 @@ def _write_cached(index: Index, cached: Path) -> None:
     try:
         with atomic_path(cached.with_suffix(".spm")) as temporary:
             temporary.write_bytes(index.tokenizer)
-        write_json_atomic(cached, {"fields": index.fields, "tensors": tensors})
+        checksum = sha256_of(cached.with_suffix(".spm"))
+        write_json_atomic(cached, {"fields": index.fields, "tensors": tensors, "tokenizer_sha256": checksum})
     except OSError:
         pass  # a read-only home: the next load is slower, nothing else
 
@@ -136,7 +143,11 @@ def _parse(path: Path) -> Index:
             "Download it again."
         ) from error
     _check_contents(path, size, fields, tensors)
-    return Index(path, fields, tensors, _tokenizer_proto(path, reader))
+    try:
+        tokenizer = _tokenizer_proto(path, reader)
+    except (KeyError, ValueError, TypeError) as error:
+        raise GemmaLoraError(f"{path}: its tokenizer is incomplete ({error}). Convert it again.") from error
+    return Index(path, fields, tensors, tokenizer)
 
 
 def _check_contents(path: Path, size: int, fields: dict, tensors: dict[str, Tensor]) -> None:
@@ -170,7 +181,8 @@ def _tokenizer_proto(path: Path, reader) -> bytes:
     model = model_pb2.ModelProto()
     for position, (piece, score, kind) in enumerate(zip(tokens, scores, kinds, strict=True)):
         entry = model.pieces.add()
-        entry.piece, entry.score = piece, score
+        # llama.cpp writes the spaces of user-defined pieces (Gemma's runs of spaces) plainly, SentencePiece wants ▁.
+        entry.piece, entry.score = piece.replace(" ", "▁") if kind == _USER_DEFINED else piece, score
         entry.type = _UNKNOWN if position == unknown else kind
     model.trainer_spec.model_type = model_pb2.TrainerSpec.BPE
     model.trainer_spec.vocab_size = len(tokens)
@@ -185,21 +197,40 @@ def _tokenizer_proto(path: Path, reader) -> bytes:
     return model.SerializeToString()
 
 
+def _tensor(index: Index, name: str) -> Tensor:
+    if name not in index.tensors:
+        raise GemmaLoraError(f"{index.path}: tensor {name} is missing; the file is no whole Gemma 3. Convert it again.")
+    return index.tensors[name]
+
+
 def read_tensor(index: Index, name: str) -> np.ndarray:
-    """Decodes one tensor of the file to float32, in numpy's order (a matrix is (d_out, d_in))."""
+    """Decodes one tensor of the file to float32, in numpy's order (a matrix is (d_out, d_in)).
+
+    Rows are decoded a few at a time into the result, so that the memory used is the result's and little more.
+    """
     import gguf
 
-    if name not in index.tensors:
-        raise GemmaLoraError(f"{index.path}: tensor {name} is missing; the file is no whole Gemma 3.")
-    tensor = index.tensors[name]
+    tensor = _tensor(index, name)
     kind = gguf.GGMLQuantizationType[tensor.kind]
     raw = np.memmap(index.path, dtype=np.uint8, mode="r", offset=tensor.offset, shape=(tensor.nbytes,))
+    result = aligned_zeros(tensor.shape)
     if kind == gguf.GGMLQuantizationType.F32:
-        return np.array(raw).view(np.float32).reshape(tensor.shape)
-    if kind == gguf.GGMLQuantizationType.F16:
-        return np.array(raw).view(np.float16).astype(np.float32).reshape(tensor.shape)
+        result[...] = np.asarray(raw).view(np.float32).reshape(tensor.shape)
+        return result
     rows = raw.reshape(*tensor.shape[:-1], -1)
-    return gguf.dequantize(rows, kind).reshape(tensor.shape)
+    step = max(1, _DECODED_AT_ONCE // max(1, tensor.shape[-1])) if len(tensor.shape) > 1 else len(rows)
+    for start in range(0, len(rows), step):
+        result[start : start + step] = gguf.dequantize(rows[start : start + step], kind)
+    return result
+
+
+def aligned_zeros(shape: tuple[int, ...]) -> np.ndarray:
+    """Float32 zeros whose memory begins at a page: JAX takes such an array over on the CPU without a copy.
+
+    Memory that is never written to is never taken from the system.
+    """
+    count = int(np.prod(shape))
+    return np.frombuffer(mmap.mmap(-1, max(1, count) * 4), np.float32, count).reshape(shape)
 
 
 def backbone_config(index: Index) -> dict[str, Any]:
@@ -213,7 +244,7 @@ def backbone_config(index: Index) -> dict[str, Any]:
 
     heads = field("attention.head_count")
     return {
-        "vocabulary_size": index.tensors["token_embd.weight"].shape[0],
+        "vocabulary_size": _tensor(index, "token_embd.weight").shape[0],
         "image_size": 896,
         "num_layers": field("block_count"),
         "num_query_heads": heads,
@@ -259,12 +290,22 @@ def _block_weights(index: Index, prefix: str, block) -> Iterator[tuple[Any, np.n
     yield attention.query_norm.scale, _query_norm(index, f"{prefix}.attn_q_norm.weight", block)
     for name, layer in {"q": attention.query_dense, "k": attention.key_dense, "v": attention.value_dense}.items():
         kernel = read_tensor(index, f"{prefix}.attn_{name}.weight")  # (heads * H, D)
-        heads, _, size = layer._kernel.shape
-        yield layer._kernel, kernel.reshape(heads, size, -1).transpose(0, 2, 1)  # (heads, D, H)
+        heads, width, size = layer._kernel.shape
+        _check_matrix(index, f"{prefix}.attn_{name}.weight", kernel, (heads * size, width))
+        yield layer._kernel, kernel.reshape(heads, size, width).transpose(0, 2, 1)  # (heads, D, H)
     output = read_tensor(index, f"{prefix}.attn_output.weight")  # (D, heads * H)
+    heads, size, width = attention.output_dense._kernel.shape
+    _check_matrix(index, f"{prefix}.attn_output.weight", output, (width, heads * size))
     yield attention.output_dense._kernel, output.T.reshape(attention.output_dense._kernel.shape)  # (heads, H, D)
     for name, layer in {"gate": block.gating_ffw, "up": block.gating_ffw_2, "down": block.ffw_linear}.items():
         yield layer._kernel, read_tensor(index, f"{prefix}.ffn_{name}.weight").T  # (d_out, d_in) -> (d_in, d_out)
+
+
+def _check_matrix(index: Index, name: str, value: np.ndarray, shape: tuple[int, int]) -> None:
+    if value.shape != shape:
+        raise GemmaLoraError(
+            f"{index.path}: tensor {name} has shape {value.shape}, the header's heads need {shape}. Convert it again."
+        )
 
 
 def _query_norm(index: Index, name: str, block) -> np.ndarray:

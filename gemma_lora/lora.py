@@ -129,11 +129,13 @@ class _LoRALayer(keras.layers.Layer):
         """Brings a `(d_in, d_out)` matrix to the shape the kernel is stored in."""
         raise NotImplementedError
 
-    def _flatten_input(self, x):
-        return x
+    def _output_axes(self) -> list[int]:
+        """Sizes of the axes that `d_out` is made of, in the output's order."""
+        return [self.matrix_shape()[1]]
 
-    def _unflatten_output(self, y, x):
-        return y
+    def _batch_axes(self, x):
+        """Sizes of the axes of x that stay."""
+        return ops.shape(x)[:-1]
 
     def delta(self):
         """The update scaling * A @ B, `(d_in, d_out)`, float32."""
@@ -143,13 +145,15 @@ class _LoRALayer(keras.layers.Layer):
         y = self.base(inputs)
         if self.merged:
             return y
-        x = self._flatten_input(inputs)  # (..., d_in)
+        batch = self._batch_axes(inputs)
+        # Two axes: for three, XLA's gradient of a thin matrix on the CPU costs as much as a third of the kernel's.
+        x = ops.reshape(inputs, (-1, self.matrix_shape()[0]))  # (tokens, d_in)
         if self.dropout is not None:
             x = self.dropout(x, training=training)
         lora_a = ops.cast(self.lora_a, x.dtype)
         lora_b = ops.cast(self.lora_b * self.scaling, x.dtype)
-        update = ops.matmul(ops.matmul(x, lora_a), lora_b)  # (..., rank) -> (..., d_out)
-        return y + self._unflatten_output(update, inputs)
+        update = ops.matmul(ops.matmul(x, lora_a), lora_b)  # (tokens, rank) -> (tokens, d_out)
+        return y + ops.reshape(update, (*batch, *self._output_axes()))
 
     def merge(self) -> None:
         """Adds the update to the base kernel; the layer then costs what the base costs."""
@@ -286,18 +290,12 @@ class LoRAEinsumDense(_LoRALayer):
         order = [letters.index(a) for a in contracted + new]
         return ops.reshape(ops.transpose(kernel, order), self.matrix_shape())
 
-    def _flatten_input(self, x):
-        if len(self._axes[1]) == 1:
-            return x
-        batch = ops.shape(x)[: len(self._axes[0])]
-        return ops.reshape(x, (*batch, self.matrix_shape()[0]))
-
-    def _unflatten_output(self, y, x):
-        if len(self._axes[2]) == 1:
-            return y
+    def _output_axes(self):
         sizes = self._sizes()
-        batch = ops.shape(x)[: len(self._axes[0])]
-        return ops.reshape(y, (*batch, *(sizes[a] for a in self._axes[2])))
+        return [sizes[a] for a in self._axes[2]]
+
+    def _batch_axes(self, x):
+        return ops.shape(x)[: len(self._axes[0])]
 
 
 def target_names(targets: str | Sequence[str]) -> tuple[str, ...]:

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+_LOOK_AHEAD = 64  # examples among which one is sought that fits a row's end
+
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
@@ -39,7 +41,7 @@ def pack(
     row_length: int,
     seed: int | None = None,
 ) -> list[Batch]:
-    """Puts examples into batches of `rows` × `row_length` tokens, first fit, in a shuffled order.
+    """Puts examples into batches of `rows` × `row_length` tokens, best fit, in a shuffled order.
 
     Args:
         tokens: One int array an example, `<bos>` first.
@@ -60,21 +62,32 @@ def pack(
     if seed is not None:
         np.random.default_rng(seed).shuffle(order)
     batches: list[Batch] = []
-    current: list[list[int]] = [[] for _ in range(rows)]
-    used = np.zeros(rows, int)
-    for index in order:
-        fitting = np.flatnonzero(used + len(tokens[index]) <= row_length)
-        if not len(fitting):
-            batches.append(_fill(current, tokens, loss_masks, row_length))
-            current, used = [[] for _ in range(rows)], np.zeros(rows, int)
-            fitting = np.array([0])
-        # The fullest row that still has room: fewer scraps of free space at the end.
-        row = max(fitting, key=lambda r: used[r])
-        current[row].append(index)
-        used[row] += len(tokens[index])
-    if used.any():
-        batches.append(_fill(current, tokens, loss_masks, row_length))
+    while order:
+        members: list[list[int]] = [[] for _ in range(rows)]
+        free = [row_length] * rows
+        while (found := _best_fit(order, free, tokens)) is not None:
+            place, row = found
+            index = order.pop(place)
+            members[row].append(index)
+            free[row] -= len(tokens[index])
+        batches.append(_fill(members, tokens, loss_masks, row_length))
     return batches
+
+
+def _best_fit(order: list[int], free: list[int], tokens: Sequence[np.ndarray]) -> tuple[int, int] | None:
+    """`(place in order, row)` of the example to be put next, or None where none of the next ones fits.
+
+    The first in the order comes first, so that none waits for ever; where it does not fit, the longest of the next
+    ones that does. It goes to the row it fills best.
+    """
+    waiting = [(place, len(tokens[index])) for place, index in enumerate(order[:_LOOK_AHEAD])]
+    if not waiting:
+        return None
+    room = max(free)
+    place, length = waiting[0] if waiting[0][1] <= room else max(waiting, key=lambda w: w[1] * (w[1] <= room))
+    if length > room:
+        return None
+    return place, min((row for row in range(len(free)) if free[row] >= length), key=lambda row: free[row])
 
 
 def _fill(current: list[list[int]], tokens, loss_masks, row_length: int) -> Batch:

@@ -14,11 +14,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import keras
 import numpy as np
 
-from gemma_lora import lora
-from gemma_lora.files import GemmaLoraError, atomic_path, write_json_atomic
+from gemma_lora.backend import require_jax
+
+require_jax()
+
+import keras  # noqa: E402
+
+from gemma_lora import lora  # noqa: E402
+from gemma_lora.files import GemmaLoraError, atomic_path, write_json_atomic  # noqa: E402
 
 #: Our target names -> (attribute path in a KerasHub block, module path in transformers' block).
 _MODULES = {

@@ -1,11 +1,14 @@
 """`FineTuner`: a `keras.Model` around a Gemma whose loss never forms all the logits.
 
 `compile`, `fit`, callbacks and the progress bar are Keras's own. Ours are the loss (`loss.py`), the packing
-of examples into rows (`packing.py`), and the learning rate's course.
+of examples into rows (`packing.py`), the learning rate's course, and checkpoints that a killed run goes on from
+(`checkpoint.py`).
 """
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -13,14 +16,22 @@ import time
 from pathlib import Path
 from typing import Any
 
-import keras
+import jax
 import numpy as np
 
-from gemma_lora import data as data_module
-from gemma_lora.files import GemmaLoraError, write_json_atomic
-from gemma_lora.hardware import memory_bytes, use_compilation_cache
-from gemma_lora.loss import chunked_cross_entropy
-from gemma_lora.packing import Batch, pack
+from gemma_lora.backend import require_jax
+
+require_jax()
+
+import keras  # noqa: E402
+
+from gemma_lora import checkpoint  # noqa: E402
+from gemma_lora import data as data_module  # noqa: E402
+from gemma_lora.files import GemmaLoraError, write_json_atomic, write_text_atomic  # noqa: E402
+from gemma_lora.hardware import memory_bytes, use_compilation_cache  # noqa: E402
+from gemma_lora.lora import lora_layers  # noqa: E402
+from gemma_lora.loss import chunked_cross_entropy  # noqa: E402
+from gemma_lora.packing import Batch, pack  # noqa: E402
 
 
 @keras.saving.register_keras_serializable(package="gemma_lora")
@@ -67,19 +78,25 @@ class TrainingLog(keras.callbacks.Callback):
     Args:
         path: The JSON Lines file; an older one is replaced.
         tokens: Tokens that carry loss, a number a batch; None where it is not known.
+        rows: Rows of steps that were made before; the numbering goes on after them.
     """
 
-    def __init__(self, path: str | os.PathLike | None = None, tokens: list[int] | None = None):
+    def __init__(
+        self,
+        path: str | os.PathLike | None = None,
+        tokens: list[int] | None = None,
+        rows: list[dict[str, Any]] | None = None,
+    ):
         super().__init__()
         self.path = Path(path) if path else None
         self.tokens = tokens
-        self.rows: list[dict[str, Any]] = []
+        self.rows: list[dict[str, Any]] = list(rows or [])
 
     def on_train_begin(self, logs=None):
         self._file = None
         if self.path:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self.path, "w", encoding="utf-8")
+            write_text_atomic(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
+            self._file = open(self.path, "a", encoding="utf-8")
 
     def on_epoch_begin(self, epoch, logs=None):
         self._seen, self._sum = 0, 0.0
@@ -93,7 +110,7 @@ class TrainingLog(keras.callbacks.Callback):
             self.model.stop_training = True
             raise GemmaLoraError(
                 f"The loss is {loss} at step {len(self.rows) + 1}. Lower the learning rate, or look at the data "
-                "with show_mask."
+                "with show_mask. The last checkpoint, if there is one, is from before."
             )
         now = time.perf_counter()
         row = {
@@ -115,20 +132,49 @@ class TrainingLog(keras.callbacks.Callback):
             self._file.close()
 
 
+class _Checkpoints(keras.callbacks.Callback):
+    """Writes a checkpoint every so many seconds and after the last step."""
+
+    def __init__(self, tuner: FineTuner, record: dict[str, Any], log: TrainingLog, last_step: int, seconds: float):
+        super().__init__()
+        self.tuner, self.record, self.log, self.last_step, self.seconds = tuner, record, log, last_step, seconds
+        self._written = time.monotonic()
+
+    def on_train_batch_end(self, batch, logs=None):
+        step = len(self.log.rows)
+        if step == self.last_step or time.monotonic() - self._written >= self.seconds:
+            self.model.jax_state_sync()  # Keras keeps the values apart while it trains
+            arrays = {name: np.asarray(v.value) for name, v in self.tuner.changing_variables().items()}
+            if not all(np.isfinite(array).all() for array in arrays.values()):
+                raise GemmaLoraError(
+                    f"A weight is not a finite number after step {step}. Lower the learning rate. "
+                    "The last checkpoint, if there is one, is from before."
+                )
+            checkpoint.save(self.tuner.run_dir, checkpoint.Checkpoint(step, self.record, self.log.rows, arrays))
+            self._written = time.monotonic()
+
+
 class FineTuner(keras.Model):
     """Trains what is trainable in a KerasHub Gemma (after `apply_lora`: A and B) on packed examples.
 
     Args:
         model: A KerasHub Gemma `CausalLM`, usually after `apply_lora`.
-        run_dir: Optional folder for `training.jsonl` and `settings.json`.
+        run_dir: Optional folder for `training.jsonl`, `training_settings.json` and the checkpoint. `fit` with a
+            `Dataset` goes on from the checkpoint it finds there.
         learning_rate: Float, the peak rate of the default optimizer, Adam.
         warmup: Float, the share of steps in which the rate rises.
         rows, row_length: Integers, a batch is `rows` × `row_length` tokens.
         chunk_size: Integer, tokens whose logits exist together; see `chunked_cross_entropy`.
+        accumulate: Integer, batches whose gradients make one optimizer step; the step is that of one batch of
+            all their rows.
+        remat: If True, activations inside a block are computed again in the backward pass instead of kept: less
+            memory, about a third more time.
+        checkpoint_seconds: Float, seconds between checkpoints.
         seed: Integer, the order of the examples.
 
     Raises:
         GemmaLoraError: If nothing in the model is trainable.
+        ValueError: If `accumulate` is below 1, or `remat` meets dropout.
 
     Example:
 
@@ -146,12 +192,22 @@ class FineTuner(keras.Model):
         warmup: float = 0.06,
         rows: int = 4,
         row_length: int = 256,
-        chunk_size: int = 256,
+        chunk_size: int = 64,
+        accumulate: int = 1,
+        remat: bool = False,
+        checkpoint_seconds: float = 30.0,
         seed: int = 0,
     ):
         super().__init__(name="fine_tuner")
         if not model.trainable_variables:
             raise GemmaLoraError("Nothing in the model is trainable. Call `apply_lora(model, …)` first.")
+        if accumulate < 1:
+            raise ValueError(f"`accumulate` must be at least 1. Received: accumulate={accumulate!r}")
+        if remat and any(layer.dropout_rate for layer in lora_layers(model)):
+            raise ValueError("`remat` computes a block twice, and dropout would differ. Use one of the two.")
+        for layer in model._flatten_layers():
+            # KerasHub's preprocessor is never built, and Keras traces the whole model anew at every call for that.
+            layer.built = True
         self.causal_lm = model
         self.run_dir = Path(run_dir) if run_dir else None
         self.settings: dict[str, Any] = {
@@ -160,14 +216,25 @@ class FineTuner(keras.Model):
             "rows": rows,
             "row_length": row_length,
             "chunk_size": chunk_size,
+            "accumulate": accumulate,
+            "remat": remat,
             "seed": seed,
         }
+        self.checkpoint_seconds = checkpoint_seconds
         self.log: TrainingLog | None = None
 
     def call(self, inputs, training=None):
         # Inputs that the backbone does not know (KerasHub's preprocessor of Gemma 3 may add some) are left out.
         wanted = {name: inputs[name] for name in ("token_ids", "padding_mask")}
-        return self.causal_lm.backbone(wanted, training=training)  # (B, T, D)
+        if not self.settings["remat"]:
+            return self.causal_lm.backbone(wanted, training=training)  # (B, T, D)
+        backbone = self.causal_lm.backbone
+        x = backbone.token_embedding(wanted["token_ids"])
+        x = x * keras.ops.cast(keras.ops.sqrt(backbone.hidden_dim), x.dtype)
+        for block in backbone.transformer_layers:
+            # Of a block, only what goes in is kept for the backward pass.
+            x = jax.checkpoint(lambda x, block=block: block(x, padding_mask=wanted["padding_mask"]))(x)
+        return backbone.layer_norm(x)
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         embedding = self.causal_lm.backbone.token_embedding
@@ -182,24 +249,30 @@ class FineTuner(keras.Model):
             chunk_size=self.settings["chunk_size"],
             soft_cap=embedding.logit_soft_cap,
             train_embeddings=any(v.trainable for v in embedding.trainable_variables),
+            # The weights of batches that make a step together are shares of their step already: see `_shares`.
+            normalizer=1.0 if self.settings["accumulate"] > 1 else None,
         )
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
         return self.get_metrics_result()
 
-    def batches(self, dataset: data_module.Dataset, epoch: int = 0, limit: int | None = None) -> list[Batch]:
+    def batches(
+        self, dataset: data_module.Dataset, epoch: int = 0, limit: int | None = None, skip_bad_lines: bool = False
+    ) -> list[Batch]:
         """A dataset's training examples, encoded and packed.
 
         Args:
             dataset: A `Dataset` of `load_dataset`.
             epoch: Integer; each epoch has an order of its own.
             limit: Take the first so many examples only.
+            skip_bad_lines: Leave out examples that are longer than a row, instead of raising.
         """
         encoded = data_module.encode(
             dataset.train[:limit],
             self.causal_lm.preprocessor.tokenizer,
             dataset.template,
             max_length=self.settings["row_length"],
+            skip_bad_lines=skip_bad_lines,
         )
         return self._pack(encoded, epoch)
 
@@ -208,10 +281,68 @@ class FineTuner(keras.Model):
         seed = settings["seed"] + epoch
         return pack(encoded.tokens, encoded.loss_mask, settings["rows"], settings["row_length"], seed)
 
-    def compile_for(self, steps: int) -> None:
-        """Compiles with Adam on a warm-up and cosine course of `steps` steps."""
-        schedule = WarmupCosine(self.settings["learning_rate"], steps, self.settings["warmup"])
-        self.compile(optimizer=keras.optimizers.Adam(schedule, beta_2=0.99, clipnorm=1.0))
+    def compile_for(self, batches: int) -> None:
+        """Compiles with Adam on a warm-up and cosine course of the steps that so many batches make."""
+        accumulate = self.settings["accumulate"]
+        schedule = WarmupCosine(self.settings["learning_rate"], -(-batches // accumulate), self.settings["warmup"])
+        together = accumulate if accumulate > 1 else None
+        optimizer = keras.optimizers.Adam(
+            schedule, beta_2=0.99, global_clipnorm=1.0, gradient_accumulation_steps=together
+        )
+        self.compile(optimizer=optimizer)
+
+    def changing_variables(self) -> dict[str, keras.Variable]:
+        """What a training changes, by name: trainable weights, dropout's seeds, the optimizer's state."""
+        seeds = [v for v in self.causal_lm.non_trainable_variables if "seed_generator" in v.path]
+        return {
+            **{f"weight.{i:04d}": v for i, v in enumerate(self.causal_lm.trainable_variables)},
+            **{f"seed.{i:04d}": v for i, v in enumerate(seeds)},
+            **{f"optimizer.{i:04d}": v for i, v in enumerate(self.optimizer.variables)},
+        }
+
+    def _record(self, batches: list[Batch], **more) -> dict[str, Any]:
+        """Every setting that the result depends on, as a checkpoint keeps it."""
+        digest = hashlib.sha256()
+        for batch in batches:
+            for array in (batch.token_ids, batch.segment_ids, batch.weights):
+                digest.update(array.tobytes())
+        optimizer = json.loads(json.dumps(keras.saving.serialize_keras_object(self.optimizer), default=str))
+        optimizer["config"].pop("name", None)  # Keras numbers its objects: another name each time
+        backbone = self.causal_lm.backbone
+        base = hashlib.sha256(np.asarray(backbone.layer_norm.scale).tobytes())
+        base.update(np.asarray(backbone.token_embedding.embeddings[:64]).tobytes())
+        lora = sorted(
+            {
+                (layer.name, layer.rank, layer.alpha, layer.dropout_rate, layer.rslora)
+                for layer in lora_layers(self.causal_lm)
+            }
+        )
+        return {
+            **self.settings,
+            **more,
+            "lora (layer, rank, alpha, dropout, rslora)": [list(row) for row in lora],
+            "optimizer": optimizer,
+            "batches": len(batches),
+            "data (SHA-256 of the batches)": digest.hexdigest(),
+            "base model (SHA-256 of some weights)": base.hexdigest(),
+        }
+
+    def _resume(self, record: dict[str, Any]) -> checkpoint.Checkpoint | None:
+        """Takes over the run folder's checkpoint, if there is one."""
+        if self.run_dir is None or (found := checkpoint.load(self.run_dir)) is None:
+            return None
+        if changed := checkpoint.changed_settings(found.settings, record):
+            raise GemmaLoraError(
+                f"{self.run_dir}: holds a run with other settings: {'; '.join(changed)}. Set them back to go on with "
+                f"it, choose another run folder, or delete {checkpoint.FILE} to begin anew."
+            )
+        self.optimizer.build(self.causal_lm.trainable_variables)
+        variables = self.changing_variables()
+        if set(variables) != set(found.arrays):
+            raise GemmaLoraError(f"{self.run_dir}/{checkpoint.FILE}: is of another model. Choose another run folder.")
+        for name, variable in variables.items():
+            variable.assign(found.arrays[name])
+        return found
 
     def compile(self, optimizer="adam", loss=None, **kwargs):
         """As `keras.Model.compile`; the loss is this class's own and cannot be given."""
@@ -219,31 +350,72 @@ class FineTuner(keras.Model):
             raise ValueError("FineTuner's loss is chunked_cross_entropy; leave `loss` out.")
         super().compile(optimizer=optimizer, loss=None, **kwargs)
 
-    def fit(self, x=None, y=None, *args, limit: int | None = None, callbacks=None, epochs: int = 1, **kwargs):
+    def fit(
+        self,
+        x=None,
+        y=None,
+        *args,
+        limit: int | None = None,
+        skip_bad_lines: bool = False,
+        callbacks=None,
+        epochs: int = 1,
+        **kwargs,
+    ):
         """Trains. As `keras.Model.fit`, and `x` may be a `Dataset` of `load_dataset`.
 
         Args:
             x: A `Dataset`, or what Keras's `fit` takes: `(x, y, sample_weight)` arrays of KerasHub's form.
-            limit: With a `Dataset`: train on its first so many examples.
+            limit, skip_bad_lines: With a `Dataset`: see `batches`.
             callbacks, epochs: As in Keras.
 
         Returns:
             Keras's `History`.
         """
         use_compilation_cache()
-        tokens = None
-        if isinstance(x, data_module.Dataset):
-            self.causal_lm.gemma_lora_template = x.template
-            batches = [batch for epoch in range(epochs) for batch in self.batches(x, epoch, limit)]
-            tokens = [int(np.count_nonzero(batch.weights)) for batch in batches]
-            # One pass over all epochs' batches: each epoch is packed in an order of its own.
-            x, epochs, kwargs["shuffle"] = _Batches(batches), 1, False
+        if not isinstance(x, data_module.Dataset):
             if not self.compiled:
-                self.compile_for(len(batches))
-        elif not self.compiled:
-            raise GemmaLoraError("Call `compile(optimizer=…)` before `fit` with arrays.")
-        self.log = TrainingLog(self.run_dir / "training.jsonl" if self.run_dir else None, tokens)
-        if self.run_dir:
-            write_json_atomic(self.run_dir / "settings.json", self.settings | {"epochs": epochs, "limit": limit})
+                raise GemmaLoraError("Call `compile(optimizer=…)` before `fit` with arrays.")
+            self.log = TrainingLog(self.run_dir / "training.jsonl" if self.run_dir else None)
+            return super().fit(x, y, *args, callbacks=[self.log, *(callbacks or [])], epochs=epochs, **kwargs)
+        self.causal_lm.gemma_lora_template = x.template
+        # One pass over all epochs' batches: each epoch is packed in an order of its own.
+        batches = [batch for epoch in range(epochs) for batch in self.batches(x, epoch, limit, skip_bad_lines)]
+        if not self.compiled:
+            self.compile_for(len(batches))
+        record = self._record(batches, epochs=epochs, limit=limit)
+        found = self._resume(record)
+        done = found.step if found else 0
+        batches = _shares(batches, self.settings["accumulate"])
+        tokens = [int(np.count_nonzero(batch.weights)) for batch in batches[done:]]
+        log_path = self.run_dir / "training.jsonl" if self.run_dir else None
+        self.log = TrainingLog(log_path, tokens, found.log if found else None)
         callbacks = [self.log, *(callbacks or [])]
-        return super().fit(x, y, *args, callbacks=callbacks, epochs=epochs, **kwargs)
+        if self.run_dir:
+            if found:
+                what = "is finished" if done == len(batches) else f"goes on after step {done}"
+                print(f"{self.run_dir}: the run {what} of {len(batches)}.")
+            write_json_atomic(self.run_dir / "training_settings.json", record)
+            callbacks.append(_Checkpoints(self, record, self.log, len(batches), self.checkpoint_seconds))
+        if done == len(batches):
+            return keras.callbacks.History()
+        return super().fit(_Batches(batches[done:]), callbacks=callbacks, epochs=1, shuffle=False, **kwargs)
+
+
+def _shares(batches: list[Batch], accumulate: int) -> list[Batch]:
+    """Batches whose gradients, averaged by Keras over `accumulate` of them, are the gradient of one large batch.
+
+    The loss of one large batch divides by the weights of all its tokens. So a token's weight becomes its share
+    of that sum, times `accumulate` for the average; the last step is filled up with batches of no weight.
+    """
+    if accumulate == 1:
+        return batches
+    shared: list[Batch] = []
+    for start in range(0, len(batches), accumulate):
+        group = batches[start : start + accumulate]
+        total = sum(float(batch.weights.sum()) for batch in group) or 1.0
+        shared += [
+            dataclasses.replace(batch, weights=batch.weights * np.float32(accumulate / total)) for batch in group
+        ]
+        empty = dataclasses.replace(group[-1], weights=np.zeros_like(group[-1].weights), examples=0)
+        shared += [empty] * (accumulate - len(group))
+    return shared

@@ -300,7 +300,7 @@ def test_dates_are_read_in_one_way(split):
     for prompt, answer in stored(split):
         body, _, order, reference = notes_of(prompt)
         rest = unslipped(plain(body.replace(answer["merchant"], " § ", 1)))
-        numeric = re.search(r"(?<![\d.,])\d{1,2}([-./]) ?\d{1,2}\1 ?(\d{4}|\d{2})(?![\d,])", rest)
+        numeric = re.search(r"(?<![\d.,-])\d{1,2}([-./]) ?\d{1,2}\1 ?(\d{4}|\d{2})(?![\d,])", rest)
         if numeric and not order:
             assert len(dates_in(numeric[0], None, None)) == 1, prompt
         if reference:
@@ -399,17 +399,7 @@ def scripts(text):
 
 def test_new_locales_show_scripts_months_and_currencies_that_train_never_shows(built):
     train_scripts = set().union(*(scripts(line.prompt) for line in built["train"]))
-    assert {
-        "LATIN",
-        "CYRILLIC",
-        "GREEK",
-        "HEBREW",
-        "ARABIC",
-        "DEVANAGARI",
-        "THAI",
-        "CJK",
-        "HANGUL",
-    } <= train_scripts
+    assert {"LATIN", "CYRILLIC", "GREEK", "CJK", "HIRAGANA", "KATAKANA", "HANGUL"} <= train_scripts
     new = built["test_new_locales"]
     shown = set().union(*(scripts(line.prompt) for line in new))
     assert len({line.locale for line in new}) >= 6 and len(shown - train_scripts) >= 3

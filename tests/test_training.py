@@ -9,8 +9,10 @@ import pytest
 from gemma_lora import lora
 from gemma_lora.data import load_dataset
 from gemma_lora.files import GemmaLoraError
+from gemma_lora.packing import Batch
 from gemma_lora.templates import Template
-from gemma_lora.training import FineTuner, WarmupCosine
+from gemma_lora.training import FineTuner, WarmupCosine, _shares
+from tests.conftest import tiny_gemma
 
 RECORDS = [{"prompt": f"say {word}", "response": word} for word in ("red", "green", "blue", "black", "white") * 8]
 
@@ -93,3 +95,65 @@ def test_schedule_rises_to_its_peak_and_falls_to_zero():
     assert max(rates) == pytest.approx(0.1) and rates.index(max(rates)) in (9, 10)
     assert rates[0] == pytest.approx(0.01) and rates[-1] < 1e-4
     assert rates[55] == pytest.approx(0.05, rel=1e-3)  # half way down a cosine
+
+
+def batch_pair(seed=0):
+    rng = np.random.default_rng(seed)
+    x = [{"token_ids": rng.integers(5, 300, (2, 12)), "padding_mask": np.ones((2, 12), "int32")} for _ in range(2)]
+    y = [rng.integers(5, 300, (2, 12)) for _ in range(2)]
+    return x, y, [(rng.random((2, 12)) > limit).astype("float32") for limit in (0.2, 0.8)]
+
+
+def step_once(model, pairs, accumulate):
+    lora.apply_lora(model, rank=2, targets="all-linear", seed=3)
+    for number, layer in enumerate(lora.lora_layers(model)):
+        layer.lora_b.assign(np.random.default_rng(number).normal(0, 0.1, layer.lora_b.shape))
+    tuner = FineTuner(model, accumulate=accumulate)
+    together = accumulate if accumulate > 1 else None
+    tuner.compile(keras.optimizers.SGD(0.5, gradient_accumulation_steps=together))
+    for x, y, weight in pairs:
+        tuner.train_on_batch(x, y, weight)
+    return [np.asarray(v) for v in tuner.trainable_variables]
+
+
+def test_accumulated_batches_make_the_step_of_one_large_batch():
+    x, y, weights = batch_pair()
+    batches = [Batch(a["token_ids"], a["padding_mask"], b, w, 2) for a, b, w in zip(x, y, weights, strict=True)]
+    shared = [batch.as_keras() for batch in _shares(batches, 2)]
+    large = (
+        {name: np.concatenate([one[name] for one in x]) for name in x[0]},
+        np.concatenate(y),
+        np.concatenate(weights),
+    )
+    for ours, theirs in zip(step_once(tiny_gemma(), shared, 2), step_once(tiny_gemma(), [large], 1), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_a_last_step_of_fewer_batches_is_filled_up_with_nothing():
+    x, y, weights = batch_pair()
+    batches = [Batch(x[0]["token_ids"], x[0]["padding_mask"], y[0], weights[0], 2)] * 3
+    shared = _shares(batches, 2)
+    assert len(shared) == 4 and shared[3].examples == 0 and not shared[3].weights.any()
+    np.testing.assert_allclose(shared[2].weights.sum(), 2.0, rtol=1e-6)  # all of the step, times 2 for the average
+
+
+def test_remat_changes_memory_and_nothing_else(any_gemma):
+    x, y, weights = batch_pair()
+    lora.apply_lora(any_gemma, rank=2, targets="all-linear")
+    found = []
+    for remat in (False, True):
+        for number, layer in enumerate(lora.lora_layers(any_gemma)):
+            layer.lora_b.assign(np.random.default_rng(number).normal(0, 0.1, layer.lora_b.shape))
+            layer.lora_a.assign(np.random.default_rng(number + 50).normal(0, 0.1, layer.lora_a.shape))
+        tuner = FineTuner(any_gemma, remat=remat)
+        tuner.compile(keras.optimizers.SGD(0.5))
+        loss = float(tuner.train_on_batch(x[0], y[0], weights[0]))
+        found.append([loss, *(np.asarray(v) for v in tuner.trainable_variables)])
+    for plain, computed_twice in zip(*found, strict=True):
+        np.testing.assert_allclose(computed_twice, plain, atol=1e-5)
+
+
+def test_remat_with_dropout_is_refused(gemma):
+    lora.apply_lora(gemma, rank=2, dropout=0.1)
+    with pytest.raises(ValueError, match="remat"):
+        FineTuner(gemma, remat=True)

@@ -273,7 +273,7 @@ class Maker:
         self.locales = ln.NEW_LOCALES if split == "test_new_locales" else ln.TRAIN_LOCALES
         self.locale_deck = Deck(self.locales, self.rng)
         self.months = {locale: Deck(range(1, 13), self.rng) for locale in self.locales}
-        self.kinds = {locale: Deck(["named"] * 7 + ["iso"] + ["numeric"] * 3, self.rng) for locale in self.locales}
+        self.kinds = {locale: Deck(["named"] * 7 + ["iso"] + ["numeric"] * 2, self.rng) for locale in self.locales}
         self.noisy = Deck([True, False, False], self.rng)
         self.noises = Deck(NOISE, self.rng)
         self.foreign = Deck(ln.FOREIGN, self.rng)

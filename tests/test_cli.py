@@ -1,0 +1,257 @@
+"""The command line: what a user gets wrong is one line on stderr and status 2; texts are printed as they are."""
+
+import dataclasses
+import json
+import sys
+import types
+
+import pytest
+
+from gemma_lora import cli, job, lora
+from gemma_lora.files import GemmaLoraError
+from gemma_lora.peft import save_adapter
+from gemma_lora.templates import Template
+from tests.conftest import CharacterTokenizer, tiny_gemma
+
+MARKUP = "[bold]x[/bold] [/] [red"
+TEMPLATE = Template("{prompt}:", "{response}<eos>")
+
+
+@pytest.fixture(autouse=True)
+def surroundings(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "300")  # messages are searched as one line
+    monkeypatch.setattr("gemma_lora.hardware.use_compilation_cache", lambda: None)
+    for name in ("gemma_lora.gemma.load_gemma", "gemma_lora.job.load_gemma"):
+        monkeypatch.setattr(name, lambda *a, **k: pytest.fail("a model was loaded before the input was checked"))
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs `gemma-lora` with the arguments; gives status, stdout and stderr."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["gemma-lora", *map(str, arguments)])
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as exit_:
+            status = exit_.code or 0
+        output = capsys.readouterr()
+        return status, output.out, output.err
+
+    return run
+
+
+def small_model():
+    model = tiny_gemma(3)
+    model.preprocessor = types.SimpleNamespace(tokenizer=CharacterTokenizer())
+    return model
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr("gemma_lora.gemma.load_gemma", lambda source: small_model())
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    import numpy as np
+
+    model = small_model()
+    lora.apply_lora(model, rank=2)
+    for number, layer in enumerate(lora.lora_layers(model)):
+        layer.lora_b.assign(np.random.default_rng(number).normal(0, 0.3, layer.lora_b.shape))
+    return save_adapter(model, tmp_path / "adapter", template=TEMPLATE)
+
+
+def jsonl(path, *rows):
+    path.parent.mkdir(exist_ok=True)  # a name such as "[/]" is a folder and a file
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+ROW = {"prompt": "a", "response": "b"}
+
+
+# --- help --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["finetune", "evaluate", "generate"])
+def test_help_shows_an_example_that_the_command_understands(command, name):
+    status, out, _ = command(name, "--help")
+    assert status == 0
+    assert f"Example: gemma-lora {name} " in out
+    example = out.split("Example: ")[1].split("\n")[0]
+    options = {word for word in example.split() if word.startswith("--")}
+    assert options and all(out.count(option) > 1 for option in options)
+
+
+def test_every_command_is_listed(command):
+    _, out, _ = command("--help")
+    assert all(name in out for name in ("finetune", "evaluate", "generate"))
+
+
+# --- bad input ---------------------------------------------------------------------------------------------
+
+
+def finished_run(folder):
+    folder.mkdir(exist_ok=True)
+    settings = dataclasses.asdict(job.Settings(data="good.jsonl", run_dir=folder.name)) | {"rank": 99}
+    for name, value in {"settings.json": settings, "metrics.json": {}}.items():
+        (folder / name).write_text(json.dumps(value))
+
+
+# Arguments, and what the message has to name: the place and the remedy.
+BAD = {
+    "no data": ("evaluate --data none.jsonl", ["none.jsonl", "JSONL"]),
+    "no data to train on": ("finetune --data none.jsonl", ["none.jsonl", "JSONL"]),
+    "a folder": ("evaluate --data empty", ["empty", "JSONL"]),
+    "no train.jsonl": ("finetune --data empty", ["empty", "train.jsonl"]),
+    "bad lines": ("evaluate --data bad.jsonl", ["bad.jsonl:2: not JSON", "bad.jsonl:3: ", "--skip-bad-lines"]),
+    "bad lines to train on": ("finetune --data bad.jsonl", ["bad.jsonl:2: not JSON", "--skip-bad-lines"]),
+    "targets": ("finetune --data good.jsonl --targets query,knob", ["knob", "attention_output"]),
+    "rank": ("finetune --rank 0", ["--rank"]),
+    "no such option": ("finetune --rnak 4", ["--rnak"]),
+    "no prompt": ("generate", ["prompts"]),
+    "no adapter": ("generate --adapter nowhere hi", ["nowhere", "runs/expenses/adapter"]),
+    "empty adapter": ("generate --adapter empty hi", ["empty", "adapter_config.json"]),
+    "no adapter to score": ("evaluate --data good.jsonl --adapter nowhere", ["nowhere", "runs/expenses/adapter"]),
+    "finished run": ("finetune --data good.jsonl --run-dir done", ["done", "rank was 99", "--overwrite", "--run-dir"]),
+    "place for scores": ("evaluate --data good.jsonl --output bad.jsonl/s.json", ["bad.jsonl/s.json", "--output"]),
+    "place for a run": ("finetune --data good.jsonl --run-dir bad.jsonl/run", ["bad.jsonl/run", "--run-dir"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_named_with_its_remedy_before_any_model_is_loaded(command, tmp_path, case):
+    jsonl(tmp_path / "good.jsonl", ROW, ROW | {"prompt": "c"})
+    jsonl(tmp_path / "bad.jsonl", ROW, "not json", {"prompt": "x"})
+    for name in ("done", "empty"):
+        (tmp_path / name).mkdir()
+    finished_run(tmp_path / "done")
+    arguments, words = BAD[case]
+    status, out, err = command(*arguments.split())
+    assert (status, out) == (2, "")
+    assert [word for word in words if word not in err] == [], err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("error, status", [(KeyboardInterrupt(), 130), (OSError(28, "No space left", "f.txt"), 2)])
+def test_interruptions_have_a_status_and_no_traceback(command, monkeypatch, error, status):
+    def fail(source):
+        raise error
+
+    monkeypatch.setattr("gemma_lora.gemma.load_gemma", fail)
+    found, out, err = command("generate", "hi")
+    assert (found, out) == (status, "")
+    assert "Traceback" not in err
+    assert status == 130 or ("No space left" in err and "f.txt" in err)
+
+
+def test_a_defect_of_ours_is_not_hidden(command, monkeypatch):
+    def fail(source):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("gemma_lora.gemma.load_gemma", fail)
+    with pytest.raises(ZeroDivisionError):
+        command("generate", "hi")
+
+
+# --- text that looks like markup ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["[bold]x", "[/]", "a[/red]b", ":smile:", "back\\slash\\"])
+def test_a_name_like_markup_is_printed_as_it_is(command, tmp_path, name):
+    status, _, err = command("evaluate", "--data", f"{name}.jsonl")
+    assert status == 2 and f"error: {name}.jsonl: cannot be read" in err
+    status, _, err = command("finetune", "--data", name)
+    assert status == 2 and f"error: {name}: not found" in err
+    jsonl(tmp_path / f"{name}.jsonl", "[bold]")
+    status, _, err = command("evaluate", "--data", f"{name}.jsonl")
+    assert status == 2 and f"\n{name}.jsonl:1: not JSON" in err
+
+
+def test_answers_like_markup_are_printed_as_they_are(command, small, monkeypatch):
+    monkeypatch.setattr("gemma_lora.generation.generate", lambda model, prompts, **named: list(prompts))
+    status, out, _ = command("generate", MARKUP, ":smile:", "é ü")
+    assert (status, out) == (0, f"{MARKUP}\n:smile:\né ü\n")
+
+
+def test_a_data_file_and_fields_named_like_markup_are_scored(command, small, adapter, tmp_path):
+    row = {"prompt": MARKUP, "response": json.dumps({"[/]": "[bold]"})}
+    path = jsonl(tmp_path / "[/] [bold].jsonl", row)
+    arguments = ("evaluate", "--adapter", adapter, "--data", path, "--max-new-tokens", 2)
+    status, out, err = command(*arguments)
+    assert status == 0, err
+    assert "  [/]: 0.0 %" in out
+
+
+# --- what the commands do ----------------------------------------------------------------------------------
+
+
+def answers_of(adapter, prompts):
+    from gemma_lora.generation import generate
+    from gemma_lora.peft import load_adapter
+
+    return generate(load_adapter(small_model(), adapter), prompts, max_new_tokens=6)
+
+
+def test_generate_prints_one_answer_a_prompt_with_the_adapters_template(command, small, adapter):
+    prompts = ["one", "another", "third"]
+    status, out, err = command("generate", "--adapter", adapter, "--max-new-tokens", 6, *prompts)
+    assert status == 0, err
+    assert out == "".join(answer + "\n" for answer in answers_of(adapter, prompts))
+
+
+def test_evaluate_writes_the_share_of_right_answers(command, small, adapter, tmp_path):
+    prompts = ["one", "another", "third", "fourth"]
+    rows = [{"prompt": p, "response": a} for p, a in zip(prompts, answers_of(adapter, prompts), strict=True)]
+    rows[2]["response"] += " wrong"
+    path = jsonl(tmp_path / "data.jsonl", *rows, "not json")
+    scores = tmp_path / "new" / "scores.json"
+    arguments = ("evaluate", "--adapter", adapter, "--data", path, "--output", scores, "--max-new-tokens", 6)
+    status, out, err = command(*arguments, "--skip-bad-lines")
+    assert status == 0, err
+    written = json.loads(scores.read_text())
+    assert (written["exact_match"], written["count"]) == (0.75, 4)
+    assert "exact match 75.0 % of 4" in out
+    assert f"skipped: 1 in {path}" in err  # left out, but not in silence
+
+
+def test_finetune_passes_every_option_on(command, monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(job, "finetune", lambda settings, console, **named: seen.append(settings))
+    options = {"data": "d.jsonl", "run_dir": "r", "model": "m.gguf", "rank": 3, "alpha": 5.0, "dropout": 0.1}
+    options |= {"learning_rate": 0.01, "epochs": 2, "limit": 7, "rows": 5, "row_length": 99, "seed": 4}
+    words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
+    status, _, err = command("finetune", *words, "--targets", "query, down", "--rslora", "--skip-bad-lines")
+    assert status == 0, err
+    expected = options | {"targets": ("query", "down"), "rslora": True, "skip_bad_lines": True}
+    assert {name: getattr(seen[0], name) for name in expected} == expected
+
+
+def test_finetunes_defaults_are_the_jobs(command, monkeypatch):
+    """A setting has one default; it is written twice, so it has to be the same."""
+    seen = []
+    monkeypatch.setattr(job, "finetune", lambda settings, console, **named: seen.append(settings))
+    assert command("finetune")[0] == 0
+    assert seen == [job.Settings()]
+
+
+def test_overwrite_begins_anew_but_not_before_the_data_are_read(command, monkeypatch, tmp_path):
+    def no_model(source):
+        raise GemmaLoraError("the model was asked for")
+
+    monkeypatch.setattr(job, "load_gemma", no_model)
+    finished_run(tmp_path / "r")
+    (tmp_path / "r" / "notes.txt").write_text("mine")
+    jsonl(tmp_path / "good.jsonl", ROW, ROW | {"prompt": "c"})
+    status, _, err = command("finetune", "--data", "typo.jsonl", "--run-dir", "r", "--overwrite")
+    assert status == 2 and "typo.jsonl" in err
+    assert (tmp_path / "r" / "metrics.json").exists()  # a slip of the pen costs nobody a run
+    status, _, err = command("finetune", "--data", "good.jsonl", "--run-dir", "r", "--overwrite")
+    assert status == 2 and "the model was asked for" in err
+    assert not (tmp_path / "r" / "metrics.json").exists()
+    assert json.loads((tmp_path / "r" / "settings.json").read_text())["rank"] == job.Settings().rank
+    assert (tmp_path / "r" / "notes.txt").exists()
