@@ -39,13 +39,16 @@ def finetune(
     ] = "all-linear",
     dropout: Annotated[float, typer.Option(min=0.0, max=0.99, help="Dropout on the update's input.")] = 0.0,
     rslora: Annotated[bool, typer.Option("--rslora", help="Scale by alpha/sqrt(rank).")] = False,
-    learning_rate: Annotated[float, typer.Option(min=0.0, help="Peak rate of Adam.")] = 2e-3,
+    learning_rate: Annotated[float, typer.Option(min=0.0, help="Peak rate of Adam.")] = 5e-4,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training lines.")] = 1,
     limit: Annotated[int | None, typer.Option(min=1, help="Train on the first so many lines only.")] = None,
-    rows: Annotated[int, typer.Option(min=1, help="Packed rows a batch.")] = 4,
+    rows: Annotated[int, typer.Option(min=1, help="Packed rows a batch.")] = 1,
     row_length: Annotated[int, typer.Option(min=32, help="Tokens a packed row; the longest line must fit.")] = 256,
     accumulate: Annotated[int, typer.Option(min=1, help="Batches whose gradients make one step.")] = 1,
     remat: Annotated[bool, typer.Option("--remat", help="Compute activations twice: less memory, more time.")] = False,
+    mixed_precision: Annotated[
+        bool, typer.Option(help="Multiply frozen kernels in bfloat16 while training, with sums in float32.")
+    ] = True,
     seed: Annotated[int, typer.Option(help="Start of A and order of the lines.")] = 0,
     skip_bad_lines: Annotated[
         bool, typer.Option("--skip-bad-lines", help="Count bad lines instead of stopping.")
@@ -79,6 +82,7 @@ def finetune(
             row_length=row_length,
             accumulate=accumulate,
             remat=remat,
+            mixed_precision=mixed_precision,
             seed=seed,
             skip_bad_lines=skip_bad_lines,
         ),

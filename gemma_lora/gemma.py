@@ -6,6 +6,7 @@ import contextlib
 import importlib.metadata
 import os
 import types
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,8 @@ def _quiet_stderr() -> Iterator[None]:
 def import_keras_hub():
     """Imports KerasHub (and TensorFlow behind it) on the JAX backend, without TensorFlow's start-up lines."""
     require_jax()
-    with _quiet_stderr():
+    with _quiet_stderr(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm's, in a notebook without ipywidgets
         import keras_hub
     return keras_hub
 
@@ -140,7 +142,8 @@ def _from_gguf(path: Path, dtype: str):
                 "Convert it again."
             )
         variable.assign(value)
-    tokenizer = hub.tokenizers.Gemma3Tokenizer(proto=index.tokenizer, has_vision_tokens=False)
+    with _quiet_stderr():  # TensorFlow looks for a GPU, SentencePiece tells of its normalizer
+        tokenizer = hub.tokenizers.Gemma3Tokenizer(proto=index.tokenizer, has_vision_tokens=False)
     preprocessor = hub.models.Gemma3CausalLMPreprocessor(tokenizer, sequence_length=512)
     return hub.models.Gemma3CausalLM(preprocessor=preprocessor, backbone=backbone)
 

@@ -42,17 +42,19 @@ class Settings:
     targets: tuple[str, ...] | str = "all-linear"
     dropout: float = 0.0
     rslora: bool = False
-    learning_rate: float = 2e-3
+    learning_rate: float = 5e-4
     warmup: float = 0.06
     epochs: int = 1
     limit: int | None = None
-    rows: int = 4
+    rows: int = 1
     row_length: int = 256
     accumulate: int = 1
     remat: bool = False
+    mixed_precision: bool = True
     seed: int = 0
     shots: int = 4
-    max_new_tokens: int = 112
+    base_lines: int = 100
+    max_new_tokens: int | None = None
     skip_bad_lines: bool = False
     evaluate_base: bool = True
 
@@ -102,6 +104,9 @@ def finetune(settings: Settings, console: Console | None = None, overwrite: bool
     )
     if encoded.skipped:
         console.print(f"[yellow]{_escape(encoded.skipped_summary)}[/]")
+    if settings.max_new_tokens is None:  # a quarter more than the longest answer of train
+        longest = max(int(mask.sum()) for mask in encoded.loss_mask)
+        settings = dataclasses.replace(settings, max_new_tokens=longest + longest // 4 + 1)
 
     before, english_before = _before(model, dataset, tests, settings, console)
     apply_lora(
@@ -113,7 +118,7 @@ def finetune(settings: Settings, console: Console | None = None, overwrite: bool
         rslora=settings.rslora,
         seed=settings.seed,
     )
-    names = ("learning_rate", "warmup", "rows", "row_length", "accumulate", "remat", "seed")
+    names = ("learning_rate", "warmup", "rows", "row_length", "accumulate", "remat", "mixed_precision", "seed")
     tuner = FineTuner(model, run_dir=run_dir, **{name: getattr(settings, name) for name in names})
     training_started = time.perf_counter()
     tuner.fit(dataset, epochs=settings.epochs, limit=settings.limit, skip_bad_lines=settings.skip_bad_lines)
@@ -207,8 +212,9 @@ def _before(model, dataset, tests, settings: Settings, console: Console) -> tupl
     scores: dict[str, Scores] = {}
     if settings.evaluate_base:
         shown = few_shot_template(dataset.template, dataset.train[: settings.shots])
-        # What the base cannot do is shown on the main tests; on further ones it would only take time.
+        # What the base cannot do is seen on fewer lines, too; `count` in the scores says on how many.
         main = {name: examples for name, examples in tests.items() if name in BASE_SPLITS} or tests
+        main = {name: examples[: settings.base_lines] for name, examples in main.items()}
         scores = _evaluate_all(model, main, shown, settings, console, f"base, {settings.shots} examples shown")
     english = perplexity(model, english_text())
     stored_scores = {name: dataclasses.asdict(value) for name, value in scores.items()}
@@ -230,7 +236,7 @@ def _evaluate_all(model, tests, template, settings: Settings, console: Console, 
                 model,
                 examples,
                 template,
-                max_new_tokens=settings.max_new_tokens,
+                max_new_tokens=settings.max_new_tokens or 128,
                 batch_size=32 if template is not None and len(template.prompt) > 200 else 64,
                 on_progress=advance,
             )
@@ -262,7 +268,7 @@ def _answer_rows(tests, before: dict[str, Scores], after: dict[str, Scores]) -> 
         for number, example in enumerate(examples):
             row = {"split": name, "prompt": example.prompt, "response": example.response}
             for when, scores in (("before", before), ("after", after)):
-                if name in scores:
+                if name in scores and number < scores[name].count:
                     row[when] = scores[name].answers[number]
             rows.append(row)
     return rows
@@ -298,7 +304,11 @@ def _percent(value: float | None) -> str:
 
 def report_table(metrics: dict[str, Any]) -> Table:
     """The before/after table of a run's metrics."""
-    table = Table(title="Before and after fine-tuning")
+    counts = ", ".join(str(n) for n in sorted({scores["count"] for scores in metrics["before"].values()}))
+    caption = (
+        f"before: the base model with worked examples in its prompt, on the first {counts} lines" if counts else None
+    )
+    table = Table(title="Before and after fine-tuning", caption=caption)
     table.add_column("split")
     table.add_column("score")
     table.add_column("before", justify="right")

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 
 from gemma_lora.backend import require_jax
 from gemma_lora.files import GemmaLoraError
+from gemma_lora.mixed_precision import frozen_product
 
 require_jax()
 
@@ -98,6 +99,7 @@ class _LoRALayer(keras.layers.Layer):
         self.dropout_rate = float(dropout)
         self.seed = seed
         self.merged = False
+        self.mixed_precision = False  # while training, see `FineTuner`
         self.dropout = keras.layers.Dropout(dropout, seed=seed) if dropout else None
         for variable in base.variables:
             variable.trainable = False
@@ -129,6 +131,10 @@ class _LoRALayer(keras.layers.Layer):
         """Brings a `(d_in, d_out)` matrix to the shape the kernel is stored in."""
         raise NotImplementedError
 
+    def to_matrix(self, kernel):
+        """Brings a kernel as stored to `(d_in, d_out)`; the inverse of `to_kernel`."""
+        raise NotImplementedError
+
     def _output_axes(self) -> list[int]:
         """Sizes of the axes that `d_out` is made of, in the output's order."""
         return [self.matrix_shape()[1]]
@@ -142,7 +148,7 @@ class _LoRALayer(keras.layers.Layer):
         return self.scaling * ops.matmul(self.lora_a, self.lora_b)
 
     def call(self, inputs, training=None):
-        y = self.base(inputs)
+        y = self._frozen_output(inputs, training)
         if self.merged:
             return y
         batch = self._batch_axes(inputs)
@@ -154,6 +160,14 @@ class _LoRALayer(keras.layers.Layer):
         lora_b = ops.cast(self.lora_b * self.scaling, x.dtype)
         update = ops.matmul(ops.matmul(x, lora_a), lora_b)  # (tokens, rank) -> (tokens, d_out)
         return y + ops.reshape(update, (*batch, *self._output_axes()))
+
+    def _frozen_output(self, inputs, training):
+        """The base layer's output; in mixed precision while training, if that is asked for."""
+        if not (training and self.mixed_precision) or inputs.dtype != "float32" or self.base.bias is not None:
+            return self.base(inputs)
+        x = ops.reshape(inputs, (-1, self.matrix_shape()[0]))  # (tokens, d_in)
+        y = frozen_product(x, self.to_matrix(ops.convert_to_tensor(self.base._kernel)))
+        return ops.reshape(y, (*self._batch_axes(inputs), *self._output_axes()))
 
     def merge(self) -> None:
         """Adds the update to the base kernel; the layer then costs what the base costs."""
@@ -230,6 +244,9 @@ class LoRADense(_LoRALayer):
 
     def to_kernel(self, matrix):
         return matrix
+
+    def to_matrix(self, kernel):
+        return kernel
 
     def call(self, inputs, training=None):
         return self.activation(super().call(inputs, training=training))

@@ -164,11 +164,15 @@ class FineTuner(keras.Model):
         learning_rate: Float, the peak rate of the default optimizer, Adam.
         warmup: Float, the share of steps in which the rate rises.
         rows, row_length: Integers, a batch is `rows` × `row_length` tokens.
-        chunk_size: Integer, tokens whose logits exist together; see `chunked_cross_entropy`.
+        chunk_size: Integer, tokens whose loss is computed together; see `chunked_cross_entropy`. By default what
+            fits the batches of `fit`'s `Dataset` with few places left empty, else 64.
         accumulate: Integer, batches whose gradients make one optimizer step; the step is that of one batch of
             all their rows.
         remat: If True, activations inside a block are computed again in the backward pass instead of kept: less
             memory, about a third more time.
+        mixed_precision: If True, the frozen kernels beside LoRA are multiplied in bfloat16 with sums in float32: about
+            twice as fast on processors with AVX512-BF16, on GPUs and TPUs. A, B, the loss and the optimizer stay
+            float32, and so does everything outside training.
         checkpoint_seconds: Float, seconds between checkpoints.
         seed: Integer, the order of the examples.
 
@@ -188,13 +192,14 @@ class FineTuner(keras.Model):
         self,
         model: keras.Model,
         run_dir: str | os.PathLike | None = None,
-        learning_rate: float = 2e-3,
+        learning_rate: float = 5e-4,
         warmup: float = 0.06,
-        rows: int = 4,
+        rows: int = 1,
         row_length: int = 256,
-        chunk_size: int = 64,
+        chunk_size: int | None = None,
         accumulate: int = 1,
         remat: bool = False,
+        mixed_precision: bool = False,
         checkpoint_seconds: float = 30.0,
         seed: int = 0,
     ):
@@ -208,6 +213,8 @@ class FineTuner(keras.Model):
         for layer in model._flatten_layers():
             # KerasHub's preprocessor is never built, and Keras traces the whole model anew at every call for that.
             layer.built = True
+        for adapted in lora_layers(model):
+            adapted.mixed_precision = mixed_precision
         self.causal_lm = model
         self.run_dir = Path(run_dir) if run_dir else None
         self.settings: dict[str, Any] = {
@@ -218,6 +225,7 @@ class FineTuner(keras.Model):
             "chunk_size": chunk_size,
             "accumulate": accumulate,
             "remat": remat,
+            "mixed_precision": mixed_precision,
             "seed": seed,
         }
         self.checkpoint_seconds = checkpoint_seconds
@@ -246,7 +254,7 @@ class FineTuner(keras.Model):
             keras.ops.cast(embeddings, y_pred.dtype),
             y,
             keras.ops.cast(sample_weight, "float32"),
-            chunk_size=self.settings["chunk_size"],
+            chunk_size=self.settings["chunk_size"] or 64,
             soft_cap=embedding.logit_soft_cap,
             train_embeddings=any(v.trainable for v in embedding.trainable_variables),
             # The weights of batches that make a step together are shares of their step already: see `_shares`.
@@ -380,6 +388,8 @@ class FineTuner(keras.Model):
         self.causal_lm.gemma_lora_template = x.template
         # One pass over all epochs' batches: each epoch is packed in an order of its own.
         batches = [batch for epoch in range(epochs) for batch in self.batches(x, epoch, limit, skip_bad_lines)]
+        if self.settings["chunk_size"] is None:
+            self.settings["chunk_size"] = _fitting_chunk([int(np.count_nonzero(b.weights)) for b in batches])
         if not self.compiled:
             self.compile_for(len(batches))
         record = self._record(batches, epochs=epochs, limit=limit)
@@ -399,6 +409,15 @@ class FineTuner(keras.Model):
         if done == len(batches):
             return keras.callbacks.History()
         return super().fit(_Batches(batches[done:]), callbacks=callbacks, epochs=1, shuffle=False, **kwargs)
+
+
+def _fitting_chunk(tokens: list[int]) -> int:
+    """The chunk in which nineteen of twenty batches fit with little room to spare: at most 256, a multiple of 16.
+
+    A matrix product over fewer tokens is slower a token, and the last chunk's empty places are computed too.
+    """
+    most = max(1, int(np.quantile(tokens, 0.95)))
+    return -(-most // (-(-most // 256)) // 16) * 16
 
 
 def _shares(batches: list[Batch], accumulate: int) -> list[Batch]:

@@ -130,7 +130,7 @@ def test_a_finished_run_says_so_and_changes_nothing(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "change, named", [({"learning_rate": 1e-4}, "learning_rate was 0.002, is 0.0001"), ({"dropout": 0.1}, "lora")]
+    "change, named", [({"learning_rate": 1e-4}, "learning_rate was 0.0005, is 0.0001"), ({"dropout": 0.1}, "lora")]
 )
 def test_changed_settings_are_named(tmp_path, change, named):
     with pytest.raises(KeyboardInterrupt):

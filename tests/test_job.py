@@ -1,6 +1,7 @@
 """The whole job on a tiny Gemma: its folder says what was done, and what it says is true."""
 
 import dataclasses
+import inspect
 import io
 import json
 import types
@@ -13,6 +14,7 @@ from gemma_lora import job
 from gemma_lora.files import GemmaLoraError
 from gemma_lora.generation import generate
 from gemma_lora.peft import load_adapter
+from gemma_lora.training import FineTuner
 from tests.conftest import CharacterTokenizer, tiny_gemma
 
 TEMPLATE = {"prompt": "{prompt}:", "response": "{response}<eos>", "stop": ["<eos>"]}
@@ -202,3 +204,10 @@ def test_a_command_that_failed_at_once_can_be_mended_and_run_again(tmp_path, mon
     for model in ("wrong", "right"):
         with pytest.raises(GemmaLoraError, match=f"{model}: the model was asked for"):
             job.finetune(dataclasses.replace(settings, model=model), Console(file=io.StringIO()))
+
+
+def test_the_jobs_defaults_are_finetuners_but_for_the_faster_product():
+    defaults = {name: p.default for name, p in inspect.signature(FineTuner).parameters.items()}
+    settings = dataclasses.asdict(job.Settings())
+    shared = set(defaults) & set(settings) - {"run_dir", "model"}
+    assert {name for name in shared if defaults[name] != settings[name]} == {"mixed_precision"}

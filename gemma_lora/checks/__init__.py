@@ -1,0 +1,16 @@
+"""The exercises' checkers: `from gemma_lora import checks`, then `checks.<exercise>(your_function)`.
+
+A checker prints its verdict and returns nothing, and it never raises: an unanswered exercise is "not yet", and
+Run All goes on.
+"""
+
+from gemma_lora.checks.lesson_08 import (
+    json_match,
+    lora_count_by_hand,
+    lora_parameters,
+    loss_weights,
+    merge,
+    segment_mask,
+)
+
+__all__ = ["json_match", "lora_count_by_hand", "lora_parameters", "loss_weights", "merge", "segment_mask"]

@@ -1,0 +1,50 @@
+"""A frozen matrix product in mixed precision: factors rounded to bfloat16, sums in float32.
+
+Asking for a float32 result is what makes it fast on CPUs with AVX512-BF16: a bfloat16 result takes XLA's slow path, and
+plain float32 reaches half the speed.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def _rounded_dot(a: jax.Array, b: jax.Array, axes: tuple[tuple[int], tuple[int]]) -> jax.Array:
+    return jax.lax.dot_general(
+        a.astype(jnp.bfloat16), b.astype(jnp.bfloat16), (axes, ((), ())), preferred_element_type=jnp.float32
+    )
+
+
+@jax.custom_vjp
+def frozen_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`x @ kernel` for a kernel that is not trained.
+
+    Args:
+        x: (T, d_in) float32.
+        kernel: (d_in, d_out), any float dtype. It gets no gradient: zeros.
+
+    Returns:
+        (T, d_out) float32. Each factor is off by a relative 2^-9 at most, the sum by nothing more.
+
+    Example:
+
+    >>> frozen_product(jnp.ones((2, 3)), jnp.ones((3, 4))).shape
+    (2, 4)
+
+    Reference: Micikevicius et al. 2018, "Mixed Precision Training" (https://arxiv.org/abs/1710.03740), section 3.3,
+    with bfloat16, which has float32's range and needs no loss scaling.
+    """
+    return _rounded_dot(x, kernel, ((1,), (0,)))
+
+
+def _forward(x, kernel):
+    return frozen_product(x, kernel), kernel
+
+
+def _backward(kernel, gradient):
+    d_x = _rounded_dot(gradient, kernel, ((1,), (1,)))  # (T, d_out) x (d_in, d_out) -> (T, d_in)
+    return d_x, jnp.zeros_like(kernel)  # frozen: XLA drops these zeros, nobody reads them
+
+
+frozen_product.defvjp(_forward, _backward)

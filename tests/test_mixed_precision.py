@@ -1,0 +1,58 @@
+"""The mixed-precision product against float64 on rounded factors, and LoRA's gradients against those in float32."""
+
+import jax
+import jax.numpy as jnp
+import keras
+import ml_dtypes
+import numpy as np
+import pytest
+
+from gemma_lora import lora
+from gemma_lora.mixed_precision import frozen_product
+from gemma_lora.training import FineTuner
+from tests.conftest import tiny_gemma
+
+
+def rounded(array):
+    return np.asarray(array).astype(ml_dtypes.bfloat16).astype("float64")
+
+
+def test_value_and_gradient_are_those_of_rounded_factors():
+    rng = np.random.default_rng(0)
+    x, kernel, cotangent = (rng.normal(size=shape).astype("float32") for shape in ((5, 40), (40, 7), (5, 7)))
+    y, pullback = jax.vjp(frozen_product, jnp.asarray(x), jnp.asarray(kernel))
+    d_x, d_kernel = pullback(jnp.asarray(cotangent))
+    np.testing.assert_allclose(y, rounded(x) @ rounded(kernel), atol=1e-5)
+    np.testing.assert_allclose(d_x, rounded(cotangent) @ rounded(kernel).T, atol=1e-5)
+    assert y.dtype == jnp.float32 and not np.any(d_kernel)
+    assert np.abs(np.asarray(y) - x @ kernel).max() > 1e-4  # it did round
+
+
+def gradients(model, mixed_precision):
+    """LoRA's gradients on one batch, read off an SGD step of rate 1."""
+    lora.apply_lora(model, rank=2, targets="all-linear")
+    for number, layer in enumerate(lora.lora_layers(model)):
+        layer.lora_b.assign(np.random.default_rng(number).normal(0, 0.1, layer.lora_b.shape))
+    tuner = FineTuner(model, mixed_precision=mixed_precision)
+    tuner.compile(keras.optimizers.SGD(1.0))
+    before = [np.asarray(v) for v in tuner.trainable_variables]
+    rng = np.random.default_rng(1)
+    x = {"token_ids": rng.integers(5, 300, (2, 12)), "padding_mask": np.ones((2, 12), "int32")}
+    tuner.train_on_batch(x, rng.integers(5, 300, (2, 12)))
+    return np.concatenate([(a - np.asarray(b)).ravel() for a, b in zip(before, tuner.trainable_variables, strict=True)])
+
+
+@pytest.mark.parametrize("generation", [2, 3])
+def test_gradients_point_where_float32s_do(generation):
+    plain, mixed = (gradients(tiny_gemma(generation), flag) for flag in (False, True))
+    cosine = plain @ mixed / np.linalg.norm(plain) / np.linalg.norm(mixed)
+    assert 0.999 < cosine < 1 - 1e-9  # close, and not the same computation
+    assert np.linalg.norm(mixed) == pytest.approx(np.linalg.norm(plain), rel=0.02)
+
+
+def test_outside_training_nothing_is_rounded(gemma):
+    lora.apply_lora(gemma, rank=2)
+    x = {"token_ids": np.arange(12)[None] + 5, "padding_mask": np.ones((1, 12), "int32")}
+    before = np.asarray(gemma.backbone(x))
+    FineTuner(gemma, mixed_precision=True)
+    np.testing.assert_array_equal(gemma.backbone(x), before)
