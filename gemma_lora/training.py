@@ -170,9 +170,9 @@ class FineTuner(keras.Model):
             all their rows.
         remat: If True, activations inside a block are computed again in the backward pass instead of kept: less
             memory, about a third more time.
-        mixed_precision: If True, the frozen kernels beside LoRA are multiplied in bfloat16 with sums in float32: about
-            twice as fast on processors with AVX512-BF16, on GPUs and TPUs. A, B, the loss and the optimizer stay
-            float32, and so does everything outside training.
+        mixed_precision: If True, the frozen kernels beside LoRA are multiplied in bfloat16 with sums in float32, which
+            is faster on processors with AVX512-BF16. A, B, the loss and the optimizer stay float32, and so does
+            everything outside training.
         checkpoint_seconds: Float, seconds between checkpoints.
         seed: Integer, the order of the examples.
 
