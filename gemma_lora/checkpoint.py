@@ -53,7 +53,7 @@ def save(folder: str | os.PathLike, checkpoint: Checkpoint) -> None:
     try:
         with atomic_path(path) as temporary:
             save_file(
-                {name: np.ascontiguousarray(array) for name, array in checkpoint.arrays.items()}, temporary, metadata
+                {name: np.asarray(array, order="C") for name, array in checkpoint.arrays.items()}, temporary, metadata
             )
     except Exception as error:  # safetensors wraps the system's errors in its own
         if isinstance(error, OSError) or "os error" in str(error).lower():

@@ -74,7 +74,8 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_bits(tmp_path, whole, caps
         np.testing.assert_array_equal(ours, theirs)
     rows = [json.loads(line) for line in (tmp_path / "training.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, len(whole.log.rows) + 1))
-    np.testing.assert_allclose([row["loss"] for row in rows], [row["loss"] for row in whole.log.rows], atol=2e-6)
+    # The log takes a step's loss from Keras's running mean in float32, which starts anew when a run goes on.
+    np.testing.assert_allclose([row["loss"] for row in rows], [row["loss"] for row in whole.log.rows], rtol=1e-5)
 
 
 KILLED = """
@@ -134,12 +135,12 @@ def test_a_finished_run_says_so_and_changes_nothing(tmp_path, capsys):
 )
 def test_changed_settings_are_named(tmp_path, change, named):
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path, [StopAt(1)])
+        train(tmp_path, [StopAt(2)])  # a user's callbacks come first, so the checkpoint is step 1's
     with pytest.raises(GemmaLoraError, match=named):
         train(tmp_path, **change)
 
 
-def test_a_loss_that_is_no_number_leaves_the_last_good_checkpoint(tmp_path):
+def test_a_weight_that_is_no_number_leaves_the_last_good_checkpoint(tmp_path):
     class Spoil(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None):
             if batch == 1:
@@ -147,7 +148,7 @@ def test_a_loss_that_is_no_number_leaves_the_last_good_checkpoint(tmp_path):
                 variable = self.model.causal_lm.trainable_variables[0]
                 variable.assign(np.full(variable.shape, np.nan))
 
-    with pytest.raises(GemmaLoraError, match="loss is nan"):
+    with pytest.raises(GemmaLoraError, match="not a finite number"):
         train(tmp_path, [Spoil()])
     assert all(np.isfinite(a).all() for a in checkpoint.load(tmp_path).arrays.values())
 
