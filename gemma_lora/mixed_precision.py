@@ -1,7 +1,7 @@
 """A frozen matrix product in mixed precision: factors rounded to bfloat16, sums in float32.
 
-Asking for a float32 result is what makes it fast on CPUs with AVX512-BF16: with a bfloat16 result XLA (of jax 0.10.2) is
-no faster than in float32.
+Asking for a float32 result is what makes it fast on CPUs with AVX512-BF16: with a bfloat16 result XLA (jax 0.10.2)
+is no faster than in float32.
 """
 
 from __future__ import annotations
