@@ -152,7 +152,7 @@ class _LoRALayer(keras.layers.Layer):
         if self.merged:
             return y
         batch = self._batch_axes(inputs)
-        # Two axes: for three, XLA's gradient of a thin matrix on the CPU costs as much as a third of the kernel's.
+        # Two axes: with three, XLA on the CPU is several times slower at the gradients of thin matrices.
         x = ops.reshape(inputs, (-1, self.matrix_shape()[0]))  # (tokens, d_in)
         if self.dropout is not None:
             x = self.dropout(x, training=training)

@@ -169,7 +169,7 @@ class FineTuner(keras.Model):
         accumulate: Integer, batches whose gradients make one optimizer step; the step is that of one batch of
             all their rows.
         remat: If True, activations inside a block are computed again in the backward pass instead of kept: less
-            memory, about a third more time.
+            memory, more time.
         mixed_precision: If True, the frozen kernels beside LoRA are multiplied in bfloat16 with sums in float32, which
             is faster on processors with AVX512-BF16. A, B, the loss and the optimizer stay float32, and so does
             everything outside training.
@@ -210,9 +210,10 @@ class FineTuner(keras.Model):
             raise ValueError(f"`accumulate` must be at least 1. Received: accumulate={accumulate!r}")
         if remat and any(layer.dropout_rate for layer in lora_layers(model)):
             raise ValueError("`remat` computes a block twice, and dropout would differ. Use one of the two.")
-        for layer in model._flatten_layers():
-            # KerasHub's preprocessor is never built, and Keras traces the whole model anew at every call for that.
-            layer.built = True
+        if isinstance(preprocessor := getattr(model, "preprocessor", None), keras.layers.Layer):
+            # KerasHub never marks it as built, and Keras traces the whole model anew at every call for that.
+            for layer in preprocessor._flatten_layers():
+                layer.built = True
         for adapted in lora_layers(model):
             adapted.mixed_precision = mixed_precision
         self.causal_lm = model
