@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Lines of train that `make finetune` uses: what two cores learn from in the time there is. `make finetune LIMIT=6000`
 # uses all.
-LIMIT ?= 800
+LIMIT ?= 1200
 NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=600 --nbval-sanitize-with tests/nbval_sanitize.cfg
 export KERAS_BACKEND := jax
 

@@ -43,7 +43,7 @@ def finetune(
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training lines.")] = 1,
     limit: Annotated[int | None, typer.Option(min=1, help="Train on the first so many lines only.")] = None,
     rows: Annotated[int, typer.Option(min=1, help="Packed rows a batch.")] = 1,
-    row_length: Annotated[int, typer.Option(min=32, help="Tokens a packed row; the longest line must fit.")] = 256,
+    row_length: Annotated[int, typer.Option(min=32, help="Tokens a packed row; the longest line must fit.")] = 384,
     accumulate: Annotated[int, typer.Option(min=1, help="Batches whose gradients make one step.")] = 1,
     remat: Annotated[bool, typer.Option("--remat", help="Compute activations twice: less memory, more time.")] = False,
     mixed_precision: Annotated[

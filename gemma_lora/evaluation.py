@@ -113,17 +113,26 @@ def evaluate(
     """
     if not examples:
         raise GemmaLoraError("There are no examples to evaluate on.")
-    references = [example.response for example in examples]
     prompts = [example.prompt for example in examples]
     answers = generate(model, prompts, template, max_new_tokens, batch_size, on_progress)
+    return score(answers, [example.response for example in examples])
+
+
+def score(answers: Sequence[str], references: Sequence[str]) -> Scores:
+    """The `Scores` of answers that are there already.
+
+    Args:
+        answers: Generated texts.
+        references: The right ones, as many.
+    """
     objects = [reference for reference in references if parse_object(reference) is not None]
     parsed = [parse_object(answer) is not None for answer in answers]
     return Scores(
         exact_match=exact_match(answers, references),
         fields=field_scores(answers, references),
         valid_json=sum(parsed) / len(parsed) if len(objects) == len(references) else None,
-        count=len(examples),
-        answers=answers,
+        count=len(answers),
+        answers=list(answers),
     )
 
 

@@ -206,7 +206,7 @@ def _preset_remedy(source: str, error: Exception) -> str:
 
 
 def enable_segments(backbone) -> None:
-    """Lets a backbone's padding mask carry segment ids, so that several examples share a row.
+    """Lets a backbone's padding mask carry segment ids, so that several examples share a row; faster attention.
 
     Where the mask holds 0 for padding and 1, 2, … for the row's examples, a token attends to earlier
     tokens of its own example only. Rotary positions are relative, so each example has the hidden states it has
@@ -230,3 +230,36 @@ def enable_segments(backbone) -> None:
 
     for block in backbone.transformer_layers:
         block._compute_attention_mask = types.MethodType(segment_mask, block)
+        block.attention._compute_attention = types.MethodType(_attention, block.attention)
+
+
+def _attention(self, q, k, v, attention_mask, training=False, cache_update_index=0):
+    """KerasHub's `_compute_attention` with the query's axes left in their order.
+
+    q is (B, T, heads, H), k and v are (B, S, kv_heads, H), the result is (B, T, heads, H). KerasHub forms
+    (B, kv_heads, groups, T, S); with T before the groups, and one kv head as in Gemma 3 270M, nothing has to be
+    transposed. Fused kernels (GPU, TPU) and dropout take KerasHub's own way.
+    """
+    from keras import ops
+
+    if self._use_fused_attention_op() or self.dropout or attention_mask is None:
+        return type(self)._compute_attention(self, q, k, v, attention_mask, training, cache_update_index)
+    if self.use_sliding_window_attention:
+        attention_mask = self._mask_sliding_window(attention_mask, cache_update_index=cache_update_index)
+    per_head = self.head_dim if self.query_head_dim_normalize else self.hidden_dim // self.num_query_heads
+    batch, length, heads, size = q.shape
+    kv_heads, groups, keys = self.num_key_value_heads, heads // self.num_key_value_heads, k.shape[1]
+    q = ops.reshape(q * ops.cast(per_head**-0.5, q.dtype), (batch, length, kv_heads, groups, size))
+    q = ops.reshape(ops.transpose(q, (0, 2, 1, 3, 4)), (batch, kv_heads, length * groups, size))
+    k, v = ops.transpose(k, (0, 2, 1, 3)), ops.transpose(v, (0, 2, 1, 3))  # (B, kv_heads, S, H)
+    if length == 1:  # one token beside a long cache: XLA transposes the right factor, so let that be the query
+        logits = ops.swapaxes(ops.matmul(k, ops.swapaxes(q, 2, 3)), 2, 3)
+    else:
+        logits = ops.matmul(q, ops.swapaxes(k, 2, 3))
+    if self.logit_soft_cap is not None:
+        logits = ops.tanh(logits / self.logit_soft_cap) * self.logit_soft_cap
+    logits = ops.reshape(logits, (batch, kv_heads, length, groups, keys))
+    weights = self.softmax(logits, mask=ops.cast(attention_mask, "bool")[:, None, :, None, :])
+    weights = ops.reshape(ops.cast(weights, logits.dtype), (batch, kv_heads, length * groups, keys))
+    result = ops.reshape(ops.matmul(weights, v), (batch, kv_heads, length, groups, size))
+    return ops.reshape(ops.transpose(result, (0, 2, 1, 3, 4)), (batch, length, heads, size))

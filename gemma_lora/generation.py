@@ -1,13 +1,15 @@
 """Batched greedy generation with a key-value cache, for a Gemma with or without an adapter.
 
-KerasHub's `generate` compiles anew for every input shape. Here prompts are sorted by length and a batch
-starts at its shortest prompt: rows that still have prompt tokens are fed those, the others their own. No
-padding stands inside a row, so positions are exact for every Gemma. What all prompts begin with (a few-shot prompt's
-examples) is computed once.
+KerasHub's `generate` compiles anew for every input shape. Here all batches of a call share one shape, so XLA compiles
+two programs. The prompts of a batch are read together, some tokens of every row at a time; then each row
+goes on at its own position, where its prompt ends (`jax.vmap` over KerasHub's one-row cache update). No padding stands
+inside a row, so positions are exact for every Gemma. What all prompts begin with (a few-shot prompt's examples) is
+computed once.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -22,7 +24,9 @@ require_jax()
 
 import keras  # noqa: E402
 
-_BUCKET = 16  # prefill lengths are multiples of this, so that few shapes are compiled
+from gemma_lora.lora import lora_layers  # noqa: E402
+
+_PIECE = 16  # prompt tokens of a row that are read at a time
 _MIN_PREFIX = 32  # a shared beginning shorter than this is not worth its own pass
 
 
@@ -87,11 +91,14 @@ def generate_tokens(
     order = np.argsort([len(p) for p in prompts], kind="stable")
     batch_size = min(batch_size, len(prompts))
     answers = [np.zeros(0, np.int32)] * len(prompts)
+    longest = max(len(p) for p in prompts)
+    room = max(-(-(longest - prefix) // _PIECE) * _PIECE, longest - prefix + max_new_tokens)
+    total = prefix + -(-room // _PIECE) * _PIECE  # one length for all batches: one program
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         # A last, smaller batch repeats its first prompt: one compiled shape serves all.
         filled = np.concatenate([chosen, np.repeat(chosen[:1], batch_size - len(chosen))])
-        rows = engine.answer([prompts[i] for i in filled], caches, prefix, stop_ids, max_new_tokens)
+        rows = engine.answer([prompts[i] for i in filled], total, caches, prefix, stop_ids, max_new_tokens)
         for index, row in zip(chosen, rows, strict=False):
             answers[index] = row
         if on_progress is not None:
@@ -116,9 +123,12 @@ class _Engine:
         self.model = model
         self.backbone = model.backbone
         self.variables = list(self.backbone.variables)
-        self.values = [v.value for v in self.variables]
+        self.adapted = lora_layers(self.backbone)
+        # With its update added, a layer costs one product a token instead of three.
+        whole = [layer.whole_matrix() for layer in self.adapted]
+        self.values = ([v.value for v in self.variables], whole)
         self.prefill = jax.jit(self._prefill, donate_argnums=(2,))
-        self.decode = jax.jit(self._decode, donate_argnums=(1,), static_argnames=("max_steps",))
+        self.decode = jax.jit(self._decode, donate_argnums=(1, 3), static_argnames=("max_steps",))
 
     def _empty_caches(self, batch: int, length: int) -> list:
         backbone = self.backbone
@@ -140,75 +150,90 @@ class _Engine:
             updated.append(cache)
         return backbone.layer_norm(x), updated
 
+    @contextlib.contextmanager
     def _scope(self, values):
-        return keras.StatelessScope(state_mapping=list(zip(self.variables, values, strict=True)))
+        """While a program is traced: the model's weights, and LoRA's kernels with their updates, are `values`."""
+        values, whole = values
+        for layer, matrix in zip(self.adapted, whole, strict=True):
+            layer.whole_kernel = lambda matrix=matrix: matrix
+        try:
+            with keras.StatelessScope(state_mapping=list(zip(self.variables, values, strict=True))):
+                yield
+        finally:
+            for layer in self.adapted:
+                layer.whole_kernel = None
 
     def _prefill(self, values, token_ids, caches, index):
         with self._scope(values):
             return self._hidden(token_ids, caches, index)[1]
 
-    def _decode(self, values, tokens, lengths, caches, index, stop_ids, max_steps):
-        """Feeds position after position until every row has stopped; returns the tokens."""
-        limits = lengths + max_steps
-        last = tokens.shape[1] - 1
+    def _next_hidden(self, values, tokens, caches, positions):
+        """Hidden states (B, D) of one token a row, (B,), each at its own position (B,), and the caches."""
+
+        def one_row(token, caches, position):
+            caches = jax.tree.map(lambda cache: cache[None], caches)
+            hidden, caches = self._hidden(token[None, None], caches, position)
+            return hidden[0, 0], jax.tree.map(lambda cache: cache[0], caches)
+
+        with self._scope(values):
+            return jax.vmap(one_row)(tokens, caches, positions)
+
+    def _decode(self, values, tokens, lengths, caches, stop_ids, max_steps):
+        """Lets every row go on from its last prompt token until all have stopped; returns tokens (B, T) and caches."""
+        rows = jnp.arange(tokens.shape[0])
 
         def running(state):
-            index, _, _, done = state
-            return (index < last) & ~jnp.all(done)
+            step, _, _, done = state
+            return (step < max_steps) & ~jnp.all(done)
 
         def step(state):
-            index, tokens, caches, done = state
-            with self._scope(values):
-                current = jax.lax.dynamic_slice_in_dim(tokens, index, 1, axis=1)  # (B, 1)
-                hidden, caches = self._hidden(current, caches, index)
-                predicted = jax.lax.cond(
-                    jnp.any(index + 1 >= lengths),
-                    lambda: jnp.argmax(self._logits(hidden[:, 0]), axis=-1).astype(jnp.int32),
-                    lambda: jnp.zeros(tokens.shape[0], jnp.int32),
-                )
-            given = jax.lax.dynamic_slice_in_dim(tokens, index + 1, 1, axis=1)[:, 0]
-            own = index + 1 >= lengths  # (B,) the prompt is over, the row continues by itself
-            token = jnp.where(own, jnp.where(done, stop_ids[0], predicted), given)
-            tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], index + 1, axis=1)
-            done = done | (own & jnp.isin(token, stop_ids)) | (index + 2 >= limits)
-            return index + 1, tokens, caches, done
+            step, tokens, caches, done = state
+            positions = lengths - 1 + step
+            hidden, caches = self._next_hidden(values, tokens[rows, positions], caches, positions)
+            predicted = jnp.argmax(self._logits(values, hidden), axis=0).astype(jnp.int32)
+            token = jnp.where(done, stop_ids[0], predicted)
+            tokens = tokens.at[rows, positions + 1].set(token)
+            return step + 1, tokens, caches, done | jnp.isin(token, stop_ids)
 
         done = jnp.zeros(tokens.shape[0], bool)
-        return jax.lax.while_loop(running, step, (index, tokens, caches, done))[1]
+        return jax.lax.while_loop(running, step, (0, tokens, caches, done))[1:3]
 
-    def _logits(self, hidden):
+    def _logits(self, values, hidden):
         # Soft-capping (Gemma 2) is monotonic, so greedy decoding needs no logits but these.
-        return hidden @ self.backbone.token_embedding.embeddings.value.T  # (B, D) -> (B, V)
+        with self._scope(values):
+            return self.backbone.token_embedding.embeddings.value @ hidden.T  # (V, D) x (D, B) -> (V, B)
 
     def prefix_caches(self, prefix: np.ndarray) -> list:
         """Caches of one row, exactly as long as the prefix."""
         caches = self._empty_caches(1, len(prefix))
         return self.prefill(self.values, jnp.asarray(prefix)[None], caches, 0)
 
-    def answer(self, prompts, prefix_caches, prefix: int, stop_ids, max_new_tokens: int) -> list[np.ndarray]:
-        """New tokens of one batch of prompts."""
+    def answer(
+        self, prompts, total: int, prefix_caches, prefix: int, stop_ids, max_new_tokens: int
+    ) -> list[np.ndarray]:
+        """New tokens of one batch of prompts, in caches of `total` positions."""
         lengths = np.array([len(p) for p in prompts], np.int32)
-        total = int(-(-(lengths.max() + max_new_tokens) // 32) * 32)
-        tokens = np.full((len(prompts), total), stop_ids[0], np.int32)
+        tokens = np.full((len(prompts), total + 1), stop_ids[0], np.int32)
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)] = prompt
         caches = self._empty_caches(len(prompts), total)
         if prefix_caches is not None:
             caches = jax.tree.map(partial(_spread, batch=len(prompts)), caches, prefix_caches)
-        start = prefix + (int(lengths.min()) - 1 - prefix) // _BUCKET * _BUCKET
-        if start > prefix:
-            caches = self.prefill(self.values, jnp.asarray(tokens[:, prefix:start]), caches, prefix)
-        done = self.decode(
+        # What this writes behind a shorter prompt's end is written over before any token attends to it.
+        for start in range(prefix, int(lengths.max()) - 1, _PIECE):
+            piece = jnp.asarray(tokens[:, start : start + _PIECE])
+            caches = self.prefill(self.values, piece, caches, jnp.asarray(start, jnp.int32))
+        answered, _ = self.decode(
             self.values,
             jnp.asarray(tokens),
             jnp.asarray(lengths),
             caches,
-            jnp.asarray(start, jnp.int32),
             jnp.asarray(stop_ids, jnp.int32),
             max_steps=max_new_tokens,
         )
         return [
-            _until_stop(row[n : n + max_new_tokens], stop_ids) for row, n in zip(np.asarray(done), lengths, strict=True)
+            _until_stop(row[n : n + max_new_tokens], stop_ids)
+            for row, n in zip(np.asarray(answered), lengths, strict=True)
         ]
 
 

@@ -99,7 +99,9 @@ class _LoRALayer(keras.layers.Layer):
         self.dropout_rate = float(dropout)
         self.seed = seed
         self.merged = False
-        self.mixed_precision = False  # while training, see `FineTuner`
+        # Functions that give a (d_in, d_out) matrix to use in the kernel's place, or None:
+        self.rounded_kernel = None  # the frozen kernel in bfloat16, while training in mixed precision (`FineTuner`)
+        self.whole_kernel = None  # the kernel with the update added, while generating (`generation.generate`)
         self.dropout = keras.layers.Dropout(dropout, seed=seed) if dropout else None
         for variable in base.variables:
             variable.trainable = False
@@ -147,11 +149,19 @@ class _LoRALayer(keras.layers.Layer):
         """The update scaling * A @ B, `(d_in, d_out)`, float32."""
         return self.scaling * ops.matmul(self.lora_a, self.lora_b)
 
+    def whole_matrix(self):
+        """Kernel and update in one matrix, `(d_in, d_out)`, in the kernel's dtype."""
+        kernel = self.to_matrix(ops.convert_to_tensor(self.base._kernel))
+        return kernel if self.merged else ops.cast(ops.cast(kernel, "float32") + self.delta(), kernel.dtype)
+
     def call(self, inputs, training=None):
+        batch = self._batch_axes(inputs)
+        if self.whole_kernel is not None and self.base.bias is None:
+            y = ops.matmul(ops.reshape(inputs, (-1, self.matrix_shape()[0])), self.whole_kernel())
+            return ops.reshape(y, (*batch, *self._output_axes()))
         y = self._frozen_output(inputs, training)
         if self.merged:
             return y
-        batch = self._batch_axes(inputs)
         # Two axes: with three, XLA on the CPU is several times slower at the gradients of thin matrices.
         x = ops.reshape(inputs, (-1, self.matrix_shape()[0]))  # (tokens, d_in)
         if self.dropout is not None:
@@ -163,10 +173,10 @@ class _LoRALayer(keras.layers.Layer):
 
     def _frozen_output(self, inputs, training):
         """The base layer's output; in mixed precision while training, if that is asked for."""
-        if not (training and self.mixed_precision) or inputs.dtype != "float32" or self.base.bias is not None:
+        if not training or self.rounded_kernel is None or inputs.dtype != "float32" or self.base.bias is not None:
             return self.base(inputs)
         x = ops.reshape(inputs, (-1, self.matrix_shape()[0]))  # (tokens, d_in)
-        y = frozen_product(x, self.to_matrix(ops.convert_to_tensor(self.base._kernel)))
+        y = frozen_product(x, self.rounded_kernel())
         return ops.reshape(y, (*self._batch_axes(inputs), *self._output_axes()))
 
     def merge(self) -> None:

@@ -5,6 +5,9 @@ softmax another, their gradient a third. Here a chunk of tokens meets the vocabu
 are formed, added to a running softmax and to the running mean of the embeddings under it, and dropped while they
 are still in the processor's cache. That mean, less the target's embedding, is the gradient with respect to the
 hidden state, so no second pass over the vocabulary is needed.
+
+In mixed precision the factors of the large products are rounded to bfloat16, and a block that has next to no
+share in any token's softmax is left out of the gradient (its part of the loss is counted).
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+#: In mixed precision: the share of each token's softmax up to which a block adds nothing to the gradient.
+NEGLIGIBLE = 2.0**-16
 _BLOCK = 1024  # vocabulary entries whose logits exist together: fastest on two cores of 1,024 to 32,768
 
 
@@ -60,7 +65,7 @@ def _blocks(embeddings) -> int:
     return -(-embeddings.shape[0] // _BLOCK)
 
 
-def _chunk_loss(chunk: _Chunk, embeddings, soft_cap, with_gradient: bool):
+def _chunk_loss(chunk: _Chunk, embeddings, soft_cap, with_gradient: bool, mixed: bool):
     """Loss of one chunk and its gradient with respect to the hidden states.
 
     The target is kept apart from the other entries: with `others` the sum of exp(logit - maximum) over them,
@@ -70,6 +75,7 @@ def _chunk_loss(chunk: _Chunk, embeddings, soft_cap, with_gradient: bool):
     Returns:
         `(loss, d_hidden, log_normalizer)`: weights · negative log-likelihood, summed; (C, D) float32 or None; (C,).
     """
+    factor = jnp.bfloat16 if mixed else jnp.float32
     at_target = embeddings[chunk.targets]  # (C, D)
     plain = jnp.sum(chunk.hidden.astype(jnp.float32) * at_target.astype(jnp.float32), axis=-1)
     target, target_slope = _capped(plain, soft_cap)  # (C,)
@@ -80,10 +86,18 @@ def _chunk_loss(chunk: _Chunk, embeddings, soft_cap, with_gradient: bool):
         new = jnp.maximum(maximum, jnp.max(logits, axis=-1))
         shrink = jnp.exp(maximum - new)
         exponentials = jnp.exp(logits - new[:, None])
-        others = others * shrink + jnp.sum(exponentials, axis=-1)
+        block_sum = jnp.sum(exponentials, axis=-1)
+        others = others * shrink + block_sum
         if with_gradient:
             pull = exponentials if slope is None else exponentials * slope
-            mean = mean * shrink[:, None] + _dot(pull, block.astype(jnp.float32), ((1,), (0,)))  # (C, K) x (K, D)
+            add = partial(_dot, pull.astype(factor), block.astype(factor), ((1,), (0,)))  # (C, K) x (K, D) -> (C, D)
+            if mixed:
+                # Of what has been seen so far, so never less than its share of the whole.
+                share = jnp.where(chunk.weights > 0, block_sum / (others + jnp.exp(target - new)), 0.0)
+                mean = mean * shrink[:, None]
+                mean = jax.lax.cond(jnp.max(share) > NEGLIGIBLE, lambda mean: mean + add(), lambda mean: mean, mean)
+            else:
+                mean = mean * shrink[:, None] + add()
         return new, others, mean
 
     empty = jnp.zeros(chunk.hidden.shape if with_gradient else (0,), jnp.float32)
@@ -126,7 +140,9 @@ def _embedding_gradient(chunk: _Chunk, embeddings, soft_cap, log_normalizer, gra
     return gradient.at[chunk.targets].add(d_target[:, None] * hidden)
 
 
-def _loss_and_gradients(hidden, embeddings, targets, weights, chunk_size, soft_cap, d_hidden, d_embeddings):
+def _loss_and_gradients(
+    hidden, embeddings, targets, weights, chunk_size, soft_cap, d_hidden, d_embeddings, mixed=False
+):
     """Walks the chunks that carry loss; the two flags say which gradients to form on the way."""
     tokens, width = hidden.shape
     padding = -tokens % chunk_size
@@ -142,7 +158,7 @@ def _loss_and_gradients(hidden, embeddings, targets, weights, chunk_size, soft_c
         start = index * chunk_size
         part = partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=chunk_size)
         chunk = _Chunk(part(hidden), part(targets), part(weights))
-        chunk_loss, chunk_hidden, log_normalizer = _chunk_loss(chunk, embeddings, soft_cap, d_hidden)
+        chunk_loss, chunk_hidden, log_normalizer = _chunk_loss(chunk, embeddings, soft_cap, d_hidden, mixed)
         if d_hidden:
             grad_hidden = jax.lax.dynamic_update_slice_in_dim(grad_hidden, chunk_hidden, start, axis=0)
         if d_embeddings:
@@ -160,21 +176,26 @@ def _loss_and_gradients(hidden, embeddings, targets, weights, chunk_size, soft_c
     return loss, grad_hidden, grad_embeddings
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _summed_loss(hidden, embeddings, targets, weights, chunk_size, soft_cap, train_embeddings):
-    loss, _, _ = _loss_and_gradients(hidden, embeddings, targets, weights, chunk_size, soft_cap, False, False)
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
+def _summed_loss(hidden, embeddings, targets, weights, chunk_size, soft_cap, train_embeddings, mixed):
+    hidden, embeddings = _factors(hidden, embeddings, mixed)
+    loss, _, _ = _loss_and_gradients(hidden, embeddings, targets, weights, chunk_size, soft_cap, False, False, mixed)
     return loss
 
 
-def _forward(hidden, embeddings, targets, weights, chunk_size, soft_cap, train_embeddings):
+def _factors(hidden, embeddings, mixed: bool):
+    return (hidden.astype(jnp.bfloat16), embeddings.astype(jnp.bfloat16)) if mixed else (hidden, embeddings)
+
+
+def _forward(hidden, embeddings, targets, weights, chunk_size, soft_cap, train_embeddings, mixed):
     loss, grad_hidden, grad_embeddings = _loss_and_gradients(
-        hidden, embeddings, targets, weights, chunk_size, soft_cap, True, train_embeddings
+        *_factors(hidden, embeddings, mixed), targets, weights, chunk_size, soft_cap, True, train_embeddings, mixed
     )
-    empty = jnp.zeros((0,), hidden.dtype)
-    return loss, (grad_hidden, grad_embeddings, embeddings if not train_embeddings else empty, empty)
+    like = jnp.zeros((0,), hidden.dtype)
+    return loss, (grad_hidden, grad_embeddings, like if train_embeddings else embeddings, like)
 
 
-def _backward(chunk_size, soft_cap, train_embeddings, residuals, cotangent):
+def _backward(chunk_size, soft_cap, train_embeddings, mixed, residuals, cotangent):
     grad_hidden, grad_embeddings, embeddings, like = residuals
     d_hidden = (cotangent * grad_hidden).astype(like.dtype)
     if train_embeddings:
@@ -195,6 +216,7 @@ def chunked_cross_entropy(
     soft_cap: float | None = None,
     train_embeddings: bool = False,
     normalizer: float | None = None,
+    mixed_precision: bool = False,
 ) -> jax.Array:
     """Mean cross-entropy of `softmax(hidden @ embeddings.T)` over the tokens that carry loss.
 
@@ -213,6 +235,9 @@ def chunked_cross_entropy(
         train_embeddings: If False (the default), the embeddings are taken as frozen and get a zero
             gradient from this loss.
         normalizer: Float or None; what the sum is divided by, in place of Σ weights.
+        mixed_precision: If True, `hidden` and `embeddings` are rounded to bfloat16 (give bfloat16 embeddings to
+            save that), sums stay float32, and blocks of 1,024 entries whose share of every token's softmax is
+            below `NEGLIGIBLE` are left out of the gradient.
 
     Returns:
         Scalar float32. 0 where all weights are 0.
@@ -230,8 +255,10 @@ def chunked_cross_entropy(
     Reference: Wijmans et al. 2024, "Cut Your Losses" (https://arxiv.org/abs/2411.09009), section 4, a loss that never
     stores the logits. The running softmax is that of Milakov and Gimelshein 2018 (https://arxiv.org/abs/1805.02867),
     algorithm 3; that it gives the gradient too is flash attention's forward pass with the embeddings as keys and
-    values. Keeping the target apart is ours.
+    values. Leaving out blocks is the first paper's gradient filter, which drops what is below 2^-12. Keeping
+    the target apart is ours.
     """
+    hidden, embeddings, targets, weights = map(jnp.asarray, (hidden, embeddings, targets, weights))
     if chunk_size < 1:
         raise ValueError(f"`chunk_size` must be at least 1. Received: chunk_size={chunk_size!r}")
     if hidden.shape[:-1] != targets.shape or targets.shape != weights.shape:
@@ -252,6 +279,7 @@ def chunked_cross_entropy(
         chunk_size,
         soft_cap,
         train_embeddings,
+        mixed_precision,
     )
     if normalizer is not None:
         return total / normalizer

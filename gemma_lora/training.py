@@ -170,9 +170,10 @@ class FineTuner(keras.Model):
             all their rows.
         remat: If True, activations inside a block are computed again in the backward pass instead of kept: less
             memory, more time.
-        mixed_precision: If True, the frozen kernels beside LoRA are multiplied in bfloat16 with sums in float32, which
-            is faster on processors with AVX512-BF16. A, B, the loss and the optimizer stay float32, and so does
-            everything outside training.
+        mixed_precision: If True, the frozen kernels beside LoRA and the loss's products are formed in bfloat16 with
+            sums in float32, which is faster on processors with AVX512-BF16; see `chunked_cross_entropy`. Rounded
+            copies of the weights are kept for it. A, B and the optimizer stay float32, and so does everything
+            outside training.
         checkpoint_seconds: Float, seconds between checkpoints.
         seed: Integer, the order of the examples.
 
@@ -192,10 +193,10 @@ class FineTuner(keras.Model):
         self,
         model: keras.Model,
         run_dir: str | os.PathLike | None = None,
-        learning_rate: float = 5e-4,
+        learning_rate: float = 6e-4,
         warmup: float = 0.06,
         rows: int = 1,
-        row_length: int = 256,
+        row_length: int = 384,
         chunk_size: int | None = None,
         accumulate: int = 1,
         remat: bool = False,
@@ -214,9 +215,8 @@ class FineTuner(keras.Model):
             # KerasHub never marks it as built, and Keras traces the whole model anew at every call for that.
             for layer in preprocessor._flatten_layers():
                 layer.built = True
-        for adapted in lora_layers(model):
-            adapted.mixed_precision = mixed_precision
         self.causal_lm = model
+        self._round_kernels(mixed_precision)
         self.run_dir = Path(run_dir) if run_dir else None
         self.settings: dict[str, Any] = {
             "learning_rate": learning_rate,
@@ -231,6 +231,28 @@ class FineTuner(keras.Model):
         }
         self.checkpoint_seconds = checkpoint_seconds
         self.log: TrainingLog | None = None
+
+    def _round_kernels(self, mixed_precision: bool) -> None:
+        """Keeps the frozen kernels beside LoRA, and the embeddings, in bfloat16 for mixed precision."""
+        self.rounded: list[keras.Variable] = []
+        self.rounded_embeddings: keras.Variable | None = None
+        layers = lora_layers(self.causal_lm)
+        for layer in layers:
+            layer.rounded_kernel = None
+        if not mixed_precision:
+            return
+
+        def rounded(array):
+            array = keras.ops.cast(array, "bfloat16")
+            self.rounded.append(keras.Variable(array, dtype="bfloat16", trainable=False))
+            return self.rounded[-1]
+
+        for layer in layers:
+            kernel = rounded(layer.to_matrix(keras.ops.convert_to_tensor(layer.base._kernel)))
+            layer.rounded_kernel = lambda kernel=kernel: kernel.value
+        embedding = self.causal_lm.backbone.token_embedding
+        if not any(v.trainable for v in embedding.trainable_variables):
+            self.rounded_embeddings = rounded(embedding.embeddings.value)
 
     def call(self, inputs, training=None):
         # Inputs that the backbone does not know (KerasHub's preprocessor of Gemma 3 may add some) are left out.
@@ -247,12 +269,14 @@ class FineTuner(keras.Model):
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         embedding = self.causal_lm.backbone.token_embedding
-        embeddings = keras.ops.convert_to_tensor(embedding.embeddings)
+        embeddings = self.rounded_embeddings if self.rounded_embeddings is not None else embedding.embeddings
+        embeddings = keras.ops.convert_to_tensor(embeddings)
         if sample_weight is None:
             sample_weight = keras.ops.ones(y.shape, "float32")
+        mixed = bool(training and self.settings["mixed_precision"])
         return chunked_cross_entropy(
             y_pred,
-            keras.ops.cast(embeddings, y_pred.dtype),
+            embeddings if mixed else keras.ops.cast(embeddings, y_pred.dtype),
             y,
             keras.ops.cast(sample_weight, "float32"),
             chunk_size=self.settings["chunk_size"] or 64,
@@ -260,6 +284,7 @@ class FineTuner(keras.Model):
             train_embeddings=any(v.trainable for v in embedding.trainable_variables),
             # The weights of batches that make a step together are shares of their step already: see `_shares`.
             normalizer=1.0 if self.settings["accumulate"] > 1 else None,
+            mixed_precision=mixed,
         )
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):

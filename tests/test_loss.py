@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gemma_lora import loss
 from gemma_lora.loss import chunked_cross_entropy
 
 
@@ -90,3 +91,45 @@ def test_bad_arguments_are_named(change, message):
     arguments = dict(zip(names, problem(), strict=True)) | change
     with pytest.raises(ValueError, match=message):
         chunked_cross_entropy(**arguments)
+
+
+def test_mixed_precision_is_the_loss_of_rounded_factors():
+    hidden, embeddings, targets, weights = problem(4)
+    rounded = [x.astype("bfloat16").astype("float32") for x in (hidden, embeddings)]
+
+    def mixed(hidden, embeddings):
+        return chunked_cross_entropy(hidden, embeddings, targets, weights, 16, mixed_precision=True)
+
+    value, gradient = jax.value_and_grad(mixed)(hidden, embeddings)
+    expected, expected_gradient = jax.value_and_grad(full_loss)(*rounded, targets, weights)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    assert abs(float(value) - float(full_loss(hidden, embeddings, targets, weights))) > 1e-6  # it did round
+    np.testing.assert_allclose(gradient, expected_gradient, atol=2**-7 * np.abs(expected_gradient).max())
+
+
+def test_blocks_with_a_share_are_never_left_out(monkeypatch):
+    """Four blocks of 16 entries: only one token gives those behind the first block a share of its softmax."""
+    monkeypatch.setattr(loss, "_BLOCK", 16)
+    rng = np.random.default_rng(6)
+    hidden = rng.normal(size=(1, 5, 8)).astype("float32")
+    hidden *= 0.5
+    hidden[..., 0] = 16.0
+    hidden[0, 2, 0] = 0.0
+    embeddings = rng.normal(size=(64, 8)).astype("float32")
+    embeddings[:, 0] = np.where(np.arange(64) < 16, 0.0, -1.0)
+    targets, weights = jnp.asarray(rng.integers(0, 16, (1, 5))), np.ones((1, 5), "float32")
+
+    def gradient(negligible, weights):
+        monkeypatch.setattr(loss, "NEGLIGIBLE", negligible)
+        return np.asarray(
+            jax.grad(lambda h: chunked_cross_entropy(h, embeddings, targets, weights, 8, mixed_precision=True))(hidden)
+        )
+
+    default = loss.NEGLIGIBLE
+    everything, nothing = gradient(0.0, weights), gradient(2.0, weights)
+    np.testing.assert_array_equal(gradient(default, weights), everything)
+    assert np.abs(everything - nothing).max() > 0.1 * np.abs(everything).max()
+    weights[0, 2] = 0.0  # now none has a share: leaving the blocks out changes next to nothing, and it is done
+    everything, default = gradient(0.0, weights), gradient(default, weights)
+    np.testing.assert_allclose(default, everything, atol=1e-5 * np.abs(everything).max())
+    assert not np.array_equal(default, everything)

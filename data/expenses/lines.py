@@ -20,14 +20,14 @@ TRAIN_LOCALES = {
     "de_DE": ("de", "EUR"),
     "de_CH": ("de", "CHF"),
     "fr_FR": ("fr", "EUR"),
+    "fr_CA": ("fr", "CAD"),
     "es_ES": ("es", "EUR"),
     "es_MX": ("es", "MXN"),
     "it_IT": ("it", "EUR"),
     "pt_BR": ("pt", "BRL"),
+    "pt_PT": ("pt", "EUR"),
     "nl_NL": ("nl", "EUR"),
     "sv_SE": ("sv", "SEK"),
-    "pl_PL": ("pl", "PLN"),
-    "cs_CZ": ("cs", "CZK"),
     "ru_RU": ("ru", "RUB"),
     "el_GR": ("el", "EUR"),
     "ja_JP": ("ja", "JPY"),
@@ -167,18 +167,7 @@ BIDI = dict.fromkeys(map(ord, "\u200e\u200f\u061c"))
 LATIN_CASE = {"en", "de", "fr", "es", "it", "pt", "nl", "sv", "pl", "cs", "ru"}
 # No stand-alone month names (LLLL): babel 2.18 lets them leak from one locale into another.
 CUSTOM = ["d MMM y", "d-MMM-yy", "dd MMM yyyy", "d MMM ''yy", "d MMMM y"]
-NUMERIC = [
-    "dd/MM/yyyy",
-    "d/M/yy",
-    "MM/dd/yyyy",
-    "M/d/yy",
-    "dd.MM.yyyy",
-    "d.M.yy",
-    "dd-MM-yyyy",
-    "yyyy/MM/dd",
-    "yy/MM/dd",
-    "yyyy.MM.dd",
-]
+NUMERIC = ["dd/MM/yyyy", "d/M/yyyy", "MM/dd/yyyy", "dd.MM.yyyy", "d.M.yyyy", "dd-MM-yyyy", "yyyy/MM/dd", "yyyy.MM.dd"]
 
 
 @cache
@@ -333,5 +322,5 @@ def slip(rng: Random, text: str) -> str:
 
 
 def reference_after(rng: Random, day: date) -> date:
-    """A day on which `day`, without its year, is the most recent such day: 0 to 364 days later."""
-    return day + timedelta(days=int(364 * rng.random() ** 2))
+    """A day on which `day`, without its year, is the most recent such day: 0 to 364 days later, half within a month."""
+    return day + timedelta(days=int(364 * rng.random() ** 4))
