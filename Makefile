@@ -11,7 +11,7 @@ NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=600 --nbval-sanitize-w
 export KERAS_BACKEND := jax
 
 .DEFAULT_GOAL := help
-.PHONY: help env finetune test lint lab data pins clean
+.PHONY: help env finetune test parity lint lab data pins clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -40,8 +40,13 @@ finetune: $(VENV)/.runtime ## fine-tune Gemma 3 270M on data/expenses, with a re
 
 test: env ## unit tests, then every notebook under nbval (two cores: 12 minutes, 8 GB of memory)
 	@echo "Unit tests, then every notebook. On two cores: about 12 minutes, 8 GB of memory."
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --ignore tests/parity
 	$(BIN)/python -m pytest -q $(NBVAL) notebooks
+
+parity: env ## compare with transformers, PEFT, llama.cpp and sentencepiece (two cores: 12 minutes, 5 GB of disk)
+	@echo "Installing the other engines (llama.cpp is compiled), then the comparison. On two cores: about 12 minutes."
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e ".[weights,notebooks,data,dev,parity]"
+	GEMMA_LORA_PARITY=1 $(BIN)/python -m pytest -q tests/parity
 
 lint: env ## ruff (notebooks too) and mypy (1 minute)
 	$(BIN)/ruff check .

@@ -51,6 +51,13 @@ class Dataset:
         """One line about what was left out; empty if nothing was."""
         return _summary(self.skipped)
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all examples and the template: another one means other data."""
+        splits = {"train": self.train, "validation": self.validation, **self.tests}
+        rows = {name: [(e.prompt, e.response, e.turns) for e in examples] for name, examples in splits.items()}
+        return hashlib.sha256(json.dumps([self.template.to_dict(), rows]).encode()).hexdigest()
+
     def __repr__(self) -> str:
         splits = {"train": self.train, "validation": self.validation, **self.tests}
         return f"Dataset({self.name}: {', '.join(f'{name} {len(rows)}' for name, rows in splits.items())})"

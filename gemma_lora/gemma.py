@@ -71,7 +71,7 @@ def load_gemma(source: str | os.PathLike = BUILTIN_NAME, dtype: str = "float32")
     268098176
     """
     require_jax()
-    text = str(source)
+    text = os.path.expanduser(source)
     if text == BUILTIN_NAME:
         model = _from_gguf(builtin_gguf(), dtype)
     elif text.endswith(".gguf"):

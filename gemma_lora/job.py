@@ -82,7 +82,7 @@ def finetune(settings: Settings, console: Console | None = None, overwrite: bool
     # Only now: data that cannot be read neither claim a folder nor cost the run that is in it.
     if overwrite:
         remove_run(run_dir)
-    finished = claim(settings)
+    finished = claim(settings, dataset.digest)
     if dataset.skipped:
         console.print(f"[yellow]{_escape(dataset.skipped_summary)}[/]")
     tests = dataset.tests or {"validation": dataset.validation}
@@ -145,8 +145,8 @@ def finetune(settings: Settings, console: Console | None = None, overwrite: bool
     return metrics
 
 
-def claim(settings: Settings) -> dict[str, Any] | None:
-    """Makes the run's folder this job's: writes its settings there, or checks that they are the same.
+def claim(settings: Settings, data_sha256: str) -> dict[str, Any] | None:
+    """Makes the run's folder this job's: writes its settings there, or checks that they and the data are the same.
 
     Returns:
         The metrics if the job is finished already, else None.
@@ -156,7 +156,7 @@ def claim(settings: Settings) -> dict[str, Any] | None:
     """
     run_dir = Path(settings.run_dir)
     path = run_dir / "settings.json"
-    now = dataclasses.asdict(settings)
+    now = dataclasses.asdict(settings) | {"data_sha256": data_sha256}
     began = any((run_dir / name).exists() for name in _RUN_FILES if name != path.name)
     if path.exists() and began:  # settings alone are of a job that failed before it had done anything
         then = _read_json(path)

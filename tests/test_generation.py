@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
-from gemma_lora import generation
+from gemma_lora import generation, lora
+
+PROMPTS = [np.array([5, 9, 11], "int32"), np.array([40, 41, 42, 43, 44], "int32")]
 
 
 def naive(model, prompt, stop_ids, max_new_tokens):
@@ -26,6 +28,18 @@ def test_equals_the_naive_loop(any_gemma, shared):
     answers = generation.generate_tokens(any_gemma, prompts, [1, 7], max_new_tokens=9, batch_size=4)
     for prompt, answer in zip(prompts, answers, strict=True):
         assert answer.tolist() == naive(any_gemma, prompt, [1, 7], 9)
+
+
+def test_an_adapter_counts_as_in_the_naive_loop(gemma):
+    """The update is added to copies of the kernels for generation; here it is kept apart."""
+    base = generation.generate_tokens(gemma, PROMPTS, [1], 9)
+    lora.apply_lora(gemma, rank=2, targets="all-linear")
+    for number, layer in enumerate(lora.lora_layers(gemma)):
+        layer.lora_b.assign(np.random.default_rng(number).normal(0, 0.5, layer.lora_b.shape))
+    answers = generation.generate_tokens(gemma, PROMPTS, [1], 9)
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        assert answer.tolist() == naive(gemma, prompt, [1], 9)
+    assert any(a.tolist() != b.tolist() for a, b in zip(answers, base, strict=True))
 
 
 def test_stops_at_every_stop_token(gemma):

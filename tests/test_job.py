@@ -92,6 +92,15 @@ def test_settings_hold_every_setting(finished):
     assert {"keras", "keras-hub", "jax", "gemma_lora"} <= set(written["versions"])
 
 
+def test_other_data_in_a_run_that_began_is_named(tmp_path):
+    settings = job.Settings(run_dir=str(tmp_path))
+    job.claim(settings, "a")
+    (tmp_path / "training.jsonl").touch()
+    assert job.claim(settings, "a") is None
+    with pytest.raises(GemmaLoraError, match="data_sha256 was 'a', is 'b'"):
+        job.claim(settings, "b")
+
+
 def test_answers_are_one_line_an_example_and_agree_with_the_metrics(finished):
     answers = [json.loads(line) for line in (finished.dir / "answers.jsonl").read_text().splitlines()]
     assert [row["split"] for row in answers] == ["test"] * 5 + ["test_unseen"] * 3

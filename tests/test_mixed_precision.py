@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from gemma_lora import lora
+from gemma_lora.generation import generate_tokens
 from gemma_lora.mixed_precision import frozen_product
 from gemma_lora.training import FineTuner
 from tests.conftest import tiny_gemma
@@ -56,3 +57,21 @@ def test_outside_training_nothing_is_rounded(gemma):
     before = np.asarray(gemma.backbone(x))
     FineTuner(gemma, mixed_precision=True)
     np.testing.assert_array_equal(gemma.backbone(x), before)
+
+
+def test_rounded_copies_are_variables_of_the_tuner_and_go_with_it(gemma):
+    """As variables they are arguments of the compiled step; as constants they would be compiled into it."""
+    lora.apply_lora(gemma, rank=2, targets="all-linear")
+    tuner = FineTuner(gemma, mixed_precision=True)
+    held = {id(v) for v in tuner.non_trainable_variables}
+    assert len(tuner.rounded) == 2 * 7 + 1 and all(id(v) in held and v.dtype == "bfloat16" for v in tuner.rounded)
+    FineTuner(gemma)  # without it
+    assert all(layer.rounded_kernel is None for layer in lora.lora_layers(gemma))
+
+
+def test_generation_leaves_the_layers_as_they_were(gemma):
+    lora.apply_lora(gemma, rank=2, targets="all-linear")
+    for layer in lora.lora_layers(gemma):
+        layer.lora_b.assign(np.random.default_rng(3).normal(0, 0.5, layer.lora_b.shape))
+    generate_tokens(gemma, [np.array([5, 6, 7], "int32")], [1], 3)
+    assert all(layer.whole_kernel is None for layer in lora.lora_layers(gemma))

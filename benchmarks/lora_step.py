@@ -1,0 +1,253 @@
+"""LoRA training of Gemma 3 270M: this project beside KerasHub's own path and Hugging Face PEFT.
+
+One process a peer, one after another, all with the same weights, the same lines and the same adapter (rank 8 on query
+and value). Measured: seconds a step and the process's peak memory on 4 rows of 256 tokens that all carry loss, and
+loss-carrying tokens a second over the training lines, each peer with its own way of batching.
+
+    python benchmarks/lora_step.py                          # all peers: about 15 minutes on two cores
+    python benchmarks/lora_step.py --peers ours keras_hub   # without torch
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("KERAS_BACKEND", "jax")
+ROOT = Path(__file__).resolve().parent.parent
+PEERS = ("ours", "ours_remat", "ours_mixed", "keras_hub", "peft_fp32", "peft_bf16")
+ROWS, LENGTH, RANK, RATE = 4, 256, 8, 5e-4
+
+
+def lines(count: int):
+    """The first training lines as `(tokens, loss mask)`, and the tokenizer's ids of them all in one stream."""
+    import numpy as np
+
+    import gemma_lora as gl
+    from gemma_lora import data, gemma, gguf
+
+    dataset = gl.load_dataset(ROOT / "data/expenses")
+    hub = gemma.import_keras_hub()
+    proto = gguf.read_index(gemma.builtin_gguf()).tokenizer
+    tokenizer = hub.tokenizers.Gemma3Tokenizer(proto=proto, has_vision_tokens=False)
+    encoded = data.encode(dataset.train[:count], tokenizer, dataset.template, LENGTH)
+    stream = np.concatenate(encoded.tokens)[: ROWS * LENGTH + 1]
+    return encoded, stream
+
+
+def timed(step, repeats: int) -> list[float]:
+    """Seconds of each of `repeats` calls after one that warms up."""
+    step()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def full_batch(stream):
+    """4 x 256 tokens without padding; every position carries loss."""
+    import numpy as np
+
+    token_ids = stream[:-1].reshape(ROWS, LENGTH).astype("int32")
+    targets = stream[1:].reshape(ROWS, LENGTH).astype("int32")
+    return token_ids, targets, np.ones((ROWS, LENGTH), "float32")
+
+
+def run_ours(peer: str, repeats: int, count: int) -> dict:
+    import numpy as np
+
+    import gemma_lora as gl
+    from gemma_lora import packing
+    from gemma_lora.hardware import peak_memory_bytes
+
+    encoded, stream = lines(count)
+    model = gl.load_gemma()
+    gl.apply_lora(model, rank=RANK)
+    named = {"mixed_precision": peer == "ours_mixed", "remat": peer == "ours_remat", "chunk_size": 256}
+    tuner = gl.FineTuner(model, rows=ROWS, row_length=LENGTH, **named)
+    tuner.compile_for(100)
+    token_ids, targets, weights = full_batch(stream)
+    x = {"token_ids": token_ids, "padding_mask": np.ones_like(token_ids)}
+    seconds = timed(lambda: tuner.train_on_batch(x, targets, weights), repeats)
+    peak = peak_memory_bytes()
+    batches = packing.pack(encoded.tokens, encoded.loss_mask, 2, LENGTH, 0)
+    arrays = [batch.as_keras() for batch in batches]
+    tuner.train_on_batch(*arrays[0])
+    start = time.perf_counter()
+    for array in arrays:
+        tuner.train_on_batch(*array)
+    tokens = sum(int((batch.weights > 0).sum()) for batch in batches)
+    rate = tokens / (time.perf_counter() - start)
+    return {"step_seconds": seconds, "peak_bytes": peak, "loss_tokens_per_second": rate, "batching": "packed, 2 x 256"}
+
+
+def run_keras_hub(peer: str, repeats: int, count: int) -> dict:
+    import keras
+    import numpy as np
+
+    import gemma_lora as gl
+    from gemma_lora.hardware import peak_memory_bytes
+
+    encoded, stream = lines(count)
+    model = gl.load_gemma()
+    for block in model.backbone.transformer_layers:  # KerasHub's own mask and attention again
+        del block._compute_attention_mask, block.attention._compute_attention
+    model.preprocessor = None
+    model.backbone.enable_lora(RANK)
+    model.compile(
+        optimizer=keras.optimizers.Adam(RATE),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    token_ids, targets, weights = full_batch(stream)
+    x = {"token_ids": token_ids, "padding_mask": np.ones_like(token_ids)}
+    seconds = timed(lambda: model.train_on_batch(x, targets, weights), repeats)
+    peak = peak_memory_bytes()
+    # One shape, so that XLA compiles once: the longest line.
+    length = -(-max(map(len, encoded.tokens)) // 16) * 16
+    best = {}
+    for rows in (4, 8):
+        groups = [range(start, min(start + rows, count)) for start in range(0, count - count % rows, rows)]
+        arrays = [padded(encoded, group, length) for group in groups]
+        step = [({"token_ids": t, "padding_mask": (t != 0).astype("int32")}, y, w) for t, y, w in arrays]
+        model.train_on_batch(*step[0])
+        start = time.perf_counter()
+        for batch in step:
+            model.train_on_batch(*batch)
+        best[f"padded, {rows} x {length}"] = sum(float(w.sum()) for _, _, w in arrays) / (time.perf_counter() - start)
+    batching = max(best, key=best.get)
+    return {
+        "step_seconds": seconds,
+        "peak_bytes": peak,
+        "loss_tokens_per_second": best[batching],
+        "batching": batching,
+    }
+
+
+def padded(encoded, members, length: int):
+    """`(token ids, targets, weights)` of lines, one a row, filled with 0."""
+    import numpy as np
+
+    token_ids, targets = np.zeros((2, len(members), length), "int32")
+    weights = np.zeros((len(members), length), "float32")
+    for row, index in enumerate(members):
+        ids, mask = encoded.tokens[index], encoded.loss_mask[index]
+        token_ids[row, : len(ids)] = ids
+        targets[row, : len(ids) - 1] = ids[1:]
+        weights[row, : len(ids) - 1] = mask[1:]
+    return token_ids, targets, weights
+
+
+def run_peft(peer: str, repeats: int, count: int) -> dict:
+    import torch
+    import transformers
+    from peft import LoraConfig, get_peft_model
+
+    from gemma_lora import gemma
+    from gemma_lora.hardware import peak_memory_bytes
+
+    encoded, stream = lines(count)
+    torch.set_num_threads(os.cpu_count() or 2)
+    path = gemma.builtin_gguf()
+    dtype = torch.bfloat16 if peer == "peft_bf16" else torch.float32
+    model = transformers.AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=dtype)
+    model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=["q_proj", "v_proj"]))
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=RATE)
+    model.train()
+
+    def step(token_ids, labels, attention):
+        optimizer.zero_grad()
+        model(input_ids=token_ids, attention_mask=attention, labels=labels, use_cache=False).loss.backward()
+        optimizer.step()
+
+    token_ids = torch.tensor(full_batch(stream)[0]).long()
+    seconds = timed(lambda: step(token_ids, token_ids, torch.ones_like(token_ids)), repeats)
+    peak = peak_memory_bytes()
+    best = {}
+    order = sorted(range(count), key=lambda i: len(encoded.tokens[i]))  # batches of lines of like length
+    for rows in (8, 16):
+        batches = []
+        for start in range(0, count - count % rows, rows):
+            members = order[start : start + rows]
+            t, y, w = padded(encoded, members, max(len(encoded.tokens[i]) for i in members))
+            labels = torch.full(t.shape, -100)
+            labels[:, 1:] = torch.tensor(y[:, :-1]).long().masked_fill(torch.tensor(w[:, :-1] == 0), -100)
+            batches.append((torch.tensor(t).long(), labels, torch.tensor((t != 0).astype("int64")), float(w.sum())))
+        step(*batches[0][:3])
+        start = time.perf_counter()
+        for batch in batches:
+            step(*batch[:3])
+        best[f"by length, {rows} rows"] = sum(b[3] for b in batches) / (time.perf_counter() - start)
+    batching = max(best, key=best.get)
+    return {
+        "step_seconds": seconds,
+        "peak_bytes": peak,
+        "loss_tokens_per_second": best[batching],
+        "batching": batching,
+    }
+
+
+def run_one(peer: str, repeats: int, count: int) -> dict:
+    """Measures one peer in this process."""
+    run = run_ours if peer.startswith("ours") else run_keras_hub if peer == "keras_hub" else run_peft
+    result = run(peer, repeats, count)
+    result["step_seconds"] = [round(s, 3) for s in result["step_seconds"]]
+    result["median_step_seconds"] = round(statistics.median(result["step_seconds"]), 3)
+    result["loss_tokens_per_second"] = round(result["loss_tokens_per_second"], 1)
+    return result
+
+
+def main() -> int:
+    """Runs the peers, prints a table, and writes the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--repeats", type=int, default=5, help="steps that are timed, after one that is not")
+    parser.add_argument("--lines", type=int, default=96, help="training lines for tokens a second")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/lora_step.json")
+    parser.add_argument("--one", choices=PEERS, help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if chosen.one:
+        print("RESULT " + json.dumps(run_one(chosen.one, chosen.repeats, chosen.lines)))
+        return 0
+    results = {}
+    for peer in chosen.peers:
+        command = [sys.executable, __file__, "--one", peer, "--repeats", str(chosen.repeats), "--lines"]
+        done = subprocess.run([*command, str(chosen.lines)], capture_output=True, text=True)
+        found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+        if not found:
+            print(f"{peer} failed:\n{done.stderr[-2000:]}", file=sys.stderr)
+            return 1
+        results[peer] = json.loads(found[-1].removeprefix("RESULT "))
+        r = results[peer]
+        print(
+            f"{peer:11} {r['median_step_seconds']:7.2f} s/step {r['peak_bytes'] / 1e9:6.2f} GB "
+            f"{r['loss_tokens_per_second']:7.1f} loss tokens/s  ({r['batching']})",
+            flush=True,
+        )
+    from gemma_lora.files import write_json_atomic
+    from gemma_lora.hardware import machine
+    from gemma_lora.job import versions
+
+    found = versions()
+    for name in ("torch", "transformers", "peft"):
+        try:
+            import importlib.metadata
+
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            pass
+    settings = {"rows": ROWS, "length": LENGTH, "rank": RANK, "targets": ["query", "value"], "lines": chosen.lines}
+    write_json_atomic(chosen.output, {"results": results, "settings": settings, "machine": machine(), "versions": found})
+    print(f"written to {chosen.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
