@@ -34,8 +34,8 @@ $(VENV)/.complete: $(VENV)/.runtime
 
 env: $(VENV)/.complete ## the whole environment in .venv (3 minutes, 3.5 GB of disk)
 
-finetune: $(VENV)/.runtime ## fine-tune Gemma 3 270M on data/expenses, with a report (two cores: 16 minutes, 6 GB of memory)
-	@echo "Fine-tuning Gemma 3 270M on data/expenses. On two cores: about 16 minutes with the environment, 6 GB of memory, 0.3 GB of disk."
+finetune: $(VENV)/.runtime ## fine-tune Gemma 3 270M on data/expenses, with a report (two cores: 15 minutes, 6 GB of memory)
+	@echo "Fine-tuning Gemma 3 270M on data/expenses. On two cores: about 15 minutes with the environment, 6 GB of memory, 0.3 GB of disk."
 	$(BIN)/gemma-lora finetune --data data/expenses --run-dir runs/expenses --limit $(LIMIT) $(ARGS)
 
 test: env ## unit tests, then every notebook under nbval (two cores: 12 minutes, 8 GB of memory)

@@ -11,6 +11,7 @@ loss-carrying tokens a second over the training lines, each peer with its own wa
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import os
 import statistics
@@ -238,13 +239,12 @@ def main() -> int:
     found = versions()
     for name in ("torch", "transformers", "peft"):
         try:
-            import importlib.metadata
-
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             pass
     settings = {"rows": ROWS, "length": LENGTH, "rank": RANK, "targets": ["query", "value"], "lines": chosen.lines}
-    write_json_atomic(chosen.output, {"results": results, "settings": settings, "machine": machine(), "versions": found})
+    record = {"results": results, "settings": settings, "machine": machine(), "versions": found}
+    write_json_atomic(chosen.output, record)
     print(f"written to {chosen.output}")
     return 0
 

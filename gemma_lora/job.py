@@ -43,7 +43,7 @@ class Settings:
     targets: tuple[str, ...] | str = "all-linear"
     dropout: float = 0.0
     rslora: bool = False
-    learning_rate: float = 6e-4
+    learning_rate: float = 5e-4
     warmup: float = 0.06
     epochs: int = 1
     limit: int | None = None

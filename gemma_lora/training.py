@@ -193,7 +193,7 @@ class FineTuner(keras.Model):
         self,
         model: keras.Model,
         run_dir: str | os.PathLike | None = None,
-        learning_rate: float = 6e-4,
+        learning_rate: float = 5e-4,
         warmup: float = 0.06,
         rows: int = 1,
         row_length: int = 384,
