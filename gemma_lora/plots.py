@@ -348,12 +348,11 @@ def _picture(ax, alt: str) -> tuple[dict, dict]:
     return {"image/png": buffer.getvalue(), "text/plain": alt}, {"image/png": {"alt": alt}}
 
 
-def number_matrices(matrices: dict[str, Sequence], shaded: Sequence[Sequence] | None = None, columns: int = 3):
+def number_matrices(matrices: dict[str, Sequence], columns: int = 3):
     """Small matrices side by side with their numbers written out; cells that are not zero are shaded.
 
     Args:
         matrices: `{title: (m, n) numbers}`, drawn from the left; what is written is `str(number)`.
-        shaded: A (m, n) of truth values a matrix, the cells to shade; by default those that are not zero.
         columns: Integer, panels in a row of the figure.
 
     Returns:
@@ -363,7 +362,6 @@ def number_matrices(matrices: dict[str, Sequence], shaded: Sequence[Sequence] | 
     from matplotlib.figure import Figure
 
     arrays = {title: np.asarray(values, object) for title, values in matrices.items()}
-    masks = [values != 0 for values in arrays.values()] if shaded is None else [np.asarray(cells) for cells in shaded]
     rows = -(-len(arrays) // columns)
     widest = max(values.shape[1] for values in arrays.values())
     tallest = max(values.shape[0] for values in arrays.values())
@@ -371,9 +369,9 @@ def number_matrices(matrices: dict[str, Sequence], shaded: Sequence[Sequence] | 
     panels = list(Figure(figsize=size, layout="constrained").subplots(rows, columns, squeeze=False).flat)
     for panel in panels:
         panel.set_axis_off()
-    for panel, (title, values), mask in zip(panels, arrays.items(), masks, strict=False):
+    for panel, (title, values) in zip(panels, arrays.items(), strict=False):
         for (i, j), value in np.ndenumerate(values):
-            panel.add_patch(_box(j, i, 1, 1, "#d5e3f3" if mask[i, j] else "white"))
+            panel.add_patch(_box(j, i, 1, 1, "#d5e3f3" if value != 0 else "white"))
             panel.text(j + 0.5, i + 0.5, str(value).replace("-", "−"), ha="center", va="center", color=INK)
         panel.set_xlim(-0.1, widest + 0.1)
         panel.set_ylim(tallest + 0.1, -0.1)
