@@ -63,8 +63,8 @@ def row_echelon_form(matrix: Any) -> EchelonForm:
     >>> form.rank, [step.text for step in form.steps]
     (2, ['R2 − R1', 'R3 − 2·R1', 'R3 − R2'])
 
-    Reference: Golub and Van Loan 2013, Matrix Computations, section 3.4. There a matrix is square and has full rank;
-    here a column without a pivot is passed over.
+    Reference: Golub and Van Loan 2013, Matrix Computations, section 3.4. Matrices are square there; here a
+    column without a pivot is passed over.
     """
     rows, exact = _exact_or_float(matrix)
     pivots: list[int] = []
