@@ -1,11 +1,11 @@
 """Every checker says ✓ to right answers however they are written, and to nothing else; it never raises."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-import gemma_lora.checks
 from gemma_lora import checks
 
 
@@ -146,8 +146,18 @@ def said_by(capsys, name, function):
     return capsys.readouterr().out
 
 
+def exported(lesson):
+    """The exported checkers that a lesson's module holds."""
+    return {name for name in checks.__all__ if getattr(checks, name).__module__ == f"gemma_lora.checks.{lesson}"}
+
+
+def test_every_lessons_checkers_have_a_test_file():
+    tested = {"lesson_08", *(f"lesson_{path.stem[-2:]}" for path in Path(__file__).parent.glob("test_checks_*.py"))}
+    assert set().union(*map(exported, tested)) == {*checks.__all__}
+
+
 def test_every_checker_is_tested():
-    functions = {name for name in gemma_lora.checks.__all__ if name != "lora_count_by_hand"}
+    functions = exported("lesson_08") - {"lora_count_by_hand"}
     assert functions == {*RIGHT} == {*WRONG}
     assert all(len(wrong) >= 2 for wrong in WRONG.values())
 

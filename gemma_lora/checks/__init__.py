@@ -4,6 +4,15 @@ A checker prints its verdict and returns nothing, and it never raises: an unansw
 Run All goes on.
 """
 
+from gemma_lora.checks.lesson_03 import (
+    best_of_rank,
+    eliminate,
+    largest_saving_rank,
+    rank_by_hand,
+    rank_for_energy,
+    rank_with_tolerance,
+    update_spectrum,
+)
 from gemma_lora.checks.lesson_08 import (
     json_match,
     lora_count_by_hand,
@@ -13,4 +22,18 @@ from gemma_lora.checks.lesson_08 import (
     segment_mask,
 )
 
-__all__ = ["json_match", "lora_count_by_hand", "lora_parameters", "loss_weights", "merge", "segment_mask"]
+__all__ = [
+    "best_of_rank",
+    "eliminate",
+    "json_match",
+    "largest_saving_rank",
+    "lora_count_by_hand",
+    "lora_parameters",
+    "loss_weights",
+    "merge",
+    "rank_by_hand",
+    "rank_for_energy",
+    "rank_with_tolerance",
+    "segment_mask",
+    "update_spectrum",
+]
