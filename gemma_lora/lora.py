@@ -13,7 +13,8 @@ KerasHub's Gemma is one of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from gemma_lora.backend import require_jax
 from gemma_lora.files import GemmaLoraError
@@ -100,8 +101,10 @@ class _LoRALayer(keras.layers.Layer):
         self.seed = seed
         self.merged = False
         # Functions that give a (d_in, d_out) matrix to use in the kernel's place, or None:
-        self.rounded_kernel = None  # the frozen kernel in bfloat16, while training in mixed precision (`FineTuner`)
-        self.whole_kernel = None  # the kernel with the update added, while generating (`generation.generate`)
+        # the frozen kernel in bfloat16, while training in mixed precision (`FineTuner`)
+        self.rounded_kernel: Callable[[], Any] | None = None
+        # the kernel with the update added, while generating (`generation.generate`)
+        self.whole_kernel: Callable[[], Any] | None = None
         self.dropout = keras.layers.Dropout(dropout, seed=seed) if dropout else None
         for variable in base.variables:
             variable.trainable = False
