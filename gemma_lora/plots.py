@@ -429,6 +429,8 @@ def histogram_with_ranges(values, ranges: dict[str, tuple[float, float]], xlabel
             ax.axvline(end, color=colour, linestyle=style, linewidth=1.8, label=label)
     ax.set_yscale("log")
     ax.set_ylim(bottom=0.7)
+    low, high = ax.get_xlim()
+    ax.set_xlim(low - 0.03 * (high - low), high + 0.03 * (high - low))
     ax.set_xlabel(xlabel)
     ax.set_ylabel("how many (log scale)")
     if ranges:
@@ -437,7 +439,7 @@ def histogram_with_ranges(values, ranges: dict[str, tuple[float, float]], xlabel
 
 
 def number_grids(grids: dict[str, Sequence[float]], data: Sequence[float], xlabel: str, ax=None):
-    """Which numbers a quantization can write: a row of ticks each, above the numbers it has to write.
+    """Which numbers a quantization can write: a row of ticks each, tall where some number rounds to it.
 
     Args:
         grids: `{name: the numbers that have a code}`, drawn from the top.
@@ -455,8 +457,8 @@ def number_grids(grids: dict[str, Sequence[float]], data: Sequence[float], xlabe
         ax = Figure(figsize=(7, 0.5 * len(grids) + 1.3), layout="constrained").add_subplot()
     data = np.ravel(data)
     for row, grid in enumerate(grids.values()):
-        used = (np.asarray(grid) >= data.min()) & (np.asarray(grid) <= data.max())
-        for value, inside in zip(grid, used, strict=True):
+        nearest = np.unique(np.abs(np.subtract.outer(data, grid)).argmin(1))
+        for value, inside in zip(grid, np.isin(np.arange(len(grid)), nearest), strict=True):
             style = {"color": INK, "linewidth": 2} if inside else {"color": "#999999", "linewidth": 1}
             ax.plot([value, value], [row - (0.32 if inside else 0.16), row + (0.32 if inside else 0.16)], **style)
     heights = len(grids) + np.random.default_rng(0).uniform(-0.25, 0.25, len(data))
@@ -472,7 +474,7 @@ def number_grids(grids: dict[str, Sequence[float]], data: Sequence[float], xlabe
 
 
 def error_maps(errors: dict[str, Sequence], rows_a_cell: int, columns_a_cell: int):
-    """Where the error sits: matrices of |error| side by side on one scale, averaged over small cells.
+    """Where the error sits: matrices of |error| side by side, averaged over small cells, on one logarithmic scale.
 
     Args:
         errors: `{title: matrix of errors}`, all of one shape.
@@ -482,6 +484,7 @@ def error_maps(errors: dict[str, Sequence], rows_a_cell: int, columns_a_cell: in
         The last Axes.
     """
     import numpy as np
+    from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.6, 3.4), layout="constrained")
@@ -493,15 +496,15 @@ def error_maps(errors: dict[str, Sequence], rows_a_cell: int, columns_a_cell: in
         )
         cells[title] = np.abs(error).reshape(rows, rows_a_cell, columns, columns_a_cell).mean((1, 3))
     top = max(float(cell.max()) for cell in cells.values())
+    norm = LogNorm(top / 100, top)
     for panel, (title, cell) in zip(panels, cells.items(), strict=True):
         extent = (0, cell.shape[1] * columns_a_cell, cell.shape[0] * rows_a_cell, 0)
-        image = panel.imshow(
-            cell, cmap="Greys", vmin=0, vmax=top, extent=extent, aspect="auto", interpolation="nearest"
-        )
+        shown = np.maximum(cell, top / 100)
+        image = panel.imshow(shown, cmap="Greys", norm=norm, extent=extent, aspect="auto", interpolation="nearest")
         panel.set_title(title, fontsize=10)
         panel.set_xlabel("input")
     panels[0].set_ylabel("output (a channel a row)")
-    figure.colorbar(image, ax=list(panels), label="mean |x − x̂|")
+    figure.colorbar(image, ax=list(panels), label="mean |x − x̂| (log scale)")
     return panels[-1]
 
 
@@ -515,12 +518,16 @@ def error_against_size(points: dict[str, tuple[float, float]], ax=None):
     Returns:
         The Axes.
     """
+    from matplotlib.ticker import MultipleLocator
+
     ax = _axes(ax)
     for name, (size, error) in points.items():
         ax.plot(size, error, "o", color=ACCENT, markeredgecolor=INK, markersize=7)
-        ax.annotate(name, (size, error), (8, 3), textcoords="offset points", color=INK)
+        crowded = any(abs(size - x) < 2 and error < y < 3 * error for x, y in points.values())
+        ax.annotate(name, (size, error), (8, -11 if crowded else 3), textcoords="offset points", color=INK)
     ax.set_yscale("log")
     ax.set_xlim(0, 1.25 * max(size for size, _ in points.values()))
+    ax.xaxis.set_major_locator(MultipleLocator(4))
     ax.set_xlabel("size (bits a weight, scales included)")
     ax.set_ylabel("relative error (%, log scale)")
     return ax
@@ -544,5 +551,5 @@ def staircase(x: Sequence[float], quantized: Sequence[float], gradient: Sequence
     ax.plot(x, gradient, color=INK, linewidth=1.6, linestyle=":", label="slope that goes back")
     ax.set_xlabel("x")
     ax.set_ylabel("value")
-    ax.legend(frameon=False, loc="upper left")
+    ax.legend(frameon=False, loc="lower right")
     return ax
