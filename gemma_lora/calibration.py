@@ -89,6 +89,9 @@ def affine_parameters(low, high, bits: int, xp=np):
     >>> scale, zero_point = affine_parameters(-20.0, 1000.0, bits=8)
     >>> float(scale), int(zero_point)
     (4.0, 5)
+
+    Reference: Jacob et al. 2018, https://arxiv.org/abs/1712.05877, section 3.1. Keras's
+    `abs_max_quantize_grouped_with_zero_point` does not widen the range: a block of numbers from 5 to 6 comes back as 1.
     """
     low, high = xp.minimum(low, 0.0), xp.maximum(high, 0.0)
     top = code_range(bits, False)[1]
