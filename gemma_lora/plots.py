@@ -455,14 +455,14 @@ def number_grids(grids: dict[str, Sequence[float]], data: Sequence[float], xlabe
 
     if ax is None:
         ax = Figure(figsize=(7, 0.5 * len(grids) + 1.3), layout="constrained").add_subplot()
-    data = np.ravel(data)
+    values = np.ravel(data)
     for row, grid in enumerate(grids.values()):
-        nearest = np.unique(np.abs(np.subtract.outer(data, grid)).argmin(1))
+        nearest = np.unique(np.abs(np.subtract.outer(values, grid)).argmin(1))
         for value, inside in zip(grid, np.isin(np.arange(len(grid)), nearest), strict=True):
             style = {"color": INK, "linewidth": 2} if inside else {"color": "#999999", "linewidth": 1}
             ax.plot([value, value], [row - (0.32 if inside else 0.16), row + (0.32 if inside else 0.16)], **style)
-    heights = len(grids) + np.random.default_rng(0).uniform(-0.25, 0.25, len(data))
-    ax.plot(data, heights, "o", color=ACCENT, markersize=2.5, alpha=0.6)
+    heights = len(grids) + np.random.default_rng(0).uniform(-0.25, 0.25, len(values))
+    ax.plot(values, heights, "o", color=ACCENT, markersize=2.5, alpha=0.6)
     ax.axvline(0, color=INK, linestyle=":", linewidth=1)
     ax.set_yticks(range(len(grids) + 1), [*grids, "data"])
     ax.set_ylim(len(grids) + 0.5, -0.6)

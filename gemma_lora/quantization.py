@@ -185,7 +185,7 @@ def fake_quantize(
     >>> jax.grad(lambda x: fake_quantize(x, value_range=(-1.0, 1.0)).sum())(jnp.array([-3.0, 0.2, 3.0]))
     Array([0., 1., 0.], dtype=float32)
 
-    Reference: Bengio et al. 2013, https://arxiv.org/abs/1308.3432, section 4. Where a value lies less than half a step
+    Reference: Bengio et al. 2013, https://arxiv.org/abs/1308.3432. Where a value lies less than half a step
     outside the range its gradient is 1, as in PyTorch; in Keras's `fake_quant_with_min_max_vars` it is 0.
     """
     x = _checked(x, bits, axis, block_size, value_range, jnp)
