@@ -14,7 +14,7 @@ PACKAGE = Path(gemma_lora.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 #: design.md's table from top to bottom. Modules that it does not name stand where their imports put them.
 LAYERS = {
-    "numbers": ["files", "quantization", "nf4", "low_rank", "memory", "checkpoint"],
+    "numbers": ["files", "calibration", "quantization", "nf4", "low_rank", "memory", "checkpoint"],
     "layers": ["backend", "mixed_precision", "lora", "adapters", "bitnet", "transformer", "loss"],
     "models": ["templates", "formats", "gguf", "peft", "qlora", "gemma", "data", "packing"],
     "work": ["hardware", "sharding", "generation", "training", "evaluation", "export"],

@@ -4,6 +4,15 @@ A checker prints its verdict and returns nothing, and it never raises: an unansw
 Run All goes on.
 """
 
+from gemma_lora.checks.lesson_01 import (
+    affine_by_hand,
+    block_round_trip,
+    channel_scales,
+    fold_batch_norm,
+    packed_bytes,
+    scale_and_zero_point,
+    symmetric_codes,
+)
 from gemma_lora.checks.lesson_03 import (
     best_of_rank,
     eliminate,
@@ -23,17 +32,24 @@ from gemma_lora.checks.lesson_08 import (
 )
 
 __all__ = [
+    "affine_by_hand",
     "best_of_rank",
+    "block_round_trip",
+    "channel_scales",
     "eliminate",
+    "fold_batch_norm",
     "json_match",
     "largest_saving_rank",
     "lora_count_by_hand",
     "lora_parameters",
     "loss_weights",
     "merge",
+    "packed_bytes",
     "rank_by_hand",
     "rank_for_energy",
     "rank_with_tolerance",
+    "scale_and_zero_point",
     "segment_mask",
+    "symmetric_codes",
     "update_spectrum",
 ]
