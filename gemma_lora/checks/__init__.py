@@ -13,6 +13,14 @@ from gemma_lora.checks.lesson_03 import (
     rank_with_tolerance,
     update_spectrum,
 )
+from gemma_lora.checks.lesson_04 import (
+    attention_by_hand,
+    attention_weights,
+    block_parameters,
+    normalize,
+    rotate_at,
+    window_mask,
+)
 from gemma_lora.checks.lesson_08 import (
     json_match,
     lora_count_by_hand,
@@ -23,7 +31,10 @@ from gemma_lora.checks.lesson_08 import (
 )
 
 __all__ = [
+    "attention_by_hand",
+    "attention_weights",
     "best_of_rank",
+    "block_parameters",
     "eliminate",
     "json_match",
     "largest_saving_rank",
@@ -31,9 +42,12 @@ __all__ = [
     "lora_parameters",
     "loss_weights",
     "merge",
+    "normalize",
     "rank_by_hand",
     "rank_for_energy",
     "rank_with_tolerance",
+    "rotate_at",
     "segment_mask",
     "update_spectrum",
+    "window_mask",
 ]
