@@ -560,6 +560,7 @@ def lines(curves: dict[str, tuple[Sequence[float], Sequence[float]]], xlabel: st
     styles = [(ACCENT, "-"), (INK, "--"), ("#6fa8dc", "-."), ("#777777", ":")]
     for (name, (x, y)), (colour, line) in zip(curves.items(), styles, strict=False):
         ax.plot(x, y, color=colour, linestyle=line, linewidth=1.8, label=name)
+    ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set_xlabel(xlabel)
     ax.set_ylabel(ylabel)
     if len(curves) > 1:
@@ -589,7 +590,8 @@ def rotations(panels: dict[str, Sequence[float]]):
             x, y = math.cos(angle), math.sin(angle)
             style = {"arrowstyle": "-|>", "color": ACCENT if position else INK, "linewidth": 1.4, "shrinkA": 0}
             ax.annotate("", (x, y), (0, 0), arrowprops=style)
-            ax.text(1.17 * x, 1.17 * y, str(position), ha="center", va="center", fontsize=9, color=INK)
+            if position in (0, len(angles) - 1) or abs(angle) > 0.2 * position:  # else the numbers overlap
+                ax.text(1.17 * x, 1.17 * y, str(position), ha="center", va="center", fontsize=9, color=INK)
         ax.set_xlim(-1.35, 1.35)
         ax.set_ylim(-1.35, 1.35)
         ax.set_aspect("equal")

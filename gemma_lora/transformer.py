@@ -52,8 +52,7 @@ def rms_norm(x: Any, scale: Any, epsilon: float = 1e-6) -> jax.Array:
     Reference: Zhang and Sennrich 2019, arXiv:1910.07467, equation 4; their gain is 1 + scale here.
     """
     x, scale = jnp.asarray(x, "float32"), jnp.asarray(scale, "float32")
-    if scale.shape != x.shape[-1:]:
-        raise ValueError(f"`scale` must have x's last axis, {x.shape[-1:]}. Received: scale of shape {scale.shape}")
+    _require(scale.shape == x.shape[-1:], f"`scale` must have x's last axis, {x.shape[-1:]}", scale.shape)
     mean_square = jnp.mean(x**2, axis=-1, keepdims=True)  # (..., 1)
     return x / jnp.sqrt(mean_square + epsilon) * (1 + scale)
 
@@ -67,8 +66,7 @@ def rotary_embedding(x: Any, wavelength: float = LOCAL_WAVELENGTH, positions: An
 
     Args:
         x: (T, N, H), H even: queries or keys.
-        wavelength: Float, above 1: 10,000 in Gemma 3's local blocks, 1,000,000 in its global ones. (It is the
-            base; in tokens, the last pair's turn takes nearly 2π times as many.)
+        wavelength: Float, above 1: 10,000 in Gemma 3's local blocks, 1,000,000 in its global ones.
         positions: (T,) numbers; 0, 1, … by default.
 
     Returns:
@@ -85,13 +83,10 @@ def rotary_embedding(x: Any, wavelength: float = LOCAL_WAVELENGTH, positions: An
     Reference: Su et al. 2021, arXiv:2104.09864, section 3.4.2, equation 34. They pair neighbours, Gemma pairs halves.
     """
     x = jnp.asarray(x, "float32")
-    if x.ndim != 3 or x.shape[-1] % 2:
-        raise ValueError(f"`x` must be (tokens, heads, an even number). Received: x of shape {x.shape}")
-    if not wavelength > 1:
-        raise ValueError(f"`wavelength` must be above 1. Received: wavelength={wavelength!r}")
+    _require(x.ndim == 3 and x.shape[-1] % 2 == 0, "`x` must be (tokens, heads, an even number)", x.shape)
+    _require(wavelength > 1, "`wavelength` must be above 1", wavelength)
     positions = jnp.arange(len(x)) if positions is None else jnp.asarray(positions)
-    if positions.shape != x.shape[:1]:
-        raise ValueError(f"`positions` must be ({len(x)},). Received: positions of shape {positions.shape}")
+    _require(positions.shape == x.shape[:1], f"`positions` must be of shape ({len(x)},)", positions.shape)
     half = x.shape[-1] // 2
     speeds = 1 / wavelength ** (jnp.arange(half) / half)  # (H/2,), radians a token
     angles = positions[:, None, None] * speeds  # (T, 1, H/2)
@@ -119,8 +114,7 @@ def causal_mask(length: int) -> jax.Array:
 
     Reference: Vaswani et al. 2017, arXiv:1706.03762, section 3.2.3.
     """
-    if length < 1:
-        raise ValueError(f"`length` must be at least 1. Received: length={length!r}")
+    _require(length >= 1, "`length` must be at least 1", length)
     position = jnp.arange(length)
     return position[:, None] >= position[None, :]
 
@@ -143,11 +137,9 @@ def sliding_window_mask(length: int, window: int) -> jax.Array:
     >>> sliding_window_mask(4, window=2).astype(int).tolist()
     [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
 
-    Reference: Beltagy et al. 2020, arXiv:2004.05150, section 3.1, in its causal form; Gemma 3 report,
-    arXiv:2503.19786, section 2.
+    Reference: Beltagy et al. 2020, arXiv:2004.05150, section 3.1, here without the tokens to the right.
     """
-    if window < 1:
-        raise ValueError(f"`window` must be at least 1. Received: window={window!r}")
+    _require(window >= 1, "`window` must be at least 1", window)
     causal, position = causal_mask(length), jnp.arange(length)
     return causal & (position[:, None] - position[None, :] < window)
 
@@ -184,13 +176,10 @@ def grouped_query_attention(
     Reference: Ainslie et al. 2023, arXiv:2305.13245, section 2.2; Gemma 3 report, section 2, for the norms.
     """
     x, mask = jnp.asarray(x), jnp.asarray(mask, bool)
-    if mask.shape != (len(x), len(x)) or not mask.any(axis=-1).all():
-        raise ValueError(
-            f"`mask` must be ({len(x)}, {len(x)}) with a True in every row. Received: mask of shape {mask.shape}"
-        )
+    _require(mask.shape == (len(x), len(x)), f"`mask` must be ({len(x)}, {len(x)})", mask.shape)
+    _require(mask.any(axis=-1).all(), "`mask` must have a True in every row", "a row without")
     heads, kv_heads = len(weights["query"]), len(weights["key"])
-    if heads % kv_heads:
-        raise ValueError(f"`weights` must have query heads in multiples of key heads. Received: {heads} and {kv_heads}")
+    _require(heads % kv_heads == 0, "`weights` must have query heads in multiples of key heads", (heads, kv_heads))
     query = jnp.einsum("td,ndh->tnh", x, weights["query"])  # (T, N, H)
     key = jnp.einsum("td,kdh->tkh", x, weights["key"])  # (T, K, H)
     value = jnp.einsum("td,kdh->tkh", x, weights["value"])  # (T, K, H)
@@ -224,15 +213,12 @@ def geglu(x: Any, gate: Any, up: Any, down: Any) -> jax.Array:
     >>> float(geglu(jnp.array([10.0]), [[1.0]], [[2.0]], [[1.0]])[0])  # GELU(10) is 10
     200.0
 
-    Reference: Shazeer 2020, arXiv:2002.05202, equation 6; the GELU is Hendrycks and Gimpel's tanh approximation,
-    arXiv:1606.08415, section 2.
+    Reference: Shazeer 2020, arXiv:2002.05202, section 2; Hendrycks and Gimpel, arXiv:1606.08415, for the GELU.
     """
     x, gate, up, down = (jnp.asarray(part) for part in (x, gate, up, down))
-    if gate.ndim != 2 or gate.shape != up.shape or down.shape != gate.shape[::-1] or len(gate) != x.shape[-1]:
-        raise ValueError(
-            f"`gate` and `up` must be (D, F), `down` (F, D), with D = {x.shape[-1]}. "
-            f"Received: {gate.shape}, {up.shape}, {down.shape}"
-        )
+    fits = gate.ndim == 2 and gate.shape == up.shape == down.shape[::-1] and len(gate) == x.shape[-1]
+    wanted = f"`gate` and `up` must be (D, F), `down` (F, D), with D = {x.shape[-1]}"
+    _require(fits, wanted, f"{gate.shape}, {up.shape} and {down.shape}")
     return (jax.nn.gelu(x @ gate, approximate=True) * (x @ up)) @ down
 
 
@@ -241,14 +227,7 @@ def gemma_block(x: Any, weights: Mapping[str, Any], mask: Any, wavelength: float
 
     a = x + norm(attention(norm(x))), y = a + norm(geglu(norm(a))).
 
-    Args:
-        x: (T, D), the residual stream.
-        weights: A block of `weights_of`.
-        mask: (T, T) booleans.
-        wavelength: Float, RoPE's.
-
-    Returns:
-        The residual stream after the block (T, D), and the attention weights (N, T, T).
+    Args and Returns as `grouped_query_attention`'s; x is the residual stream and `weights` a block of `weights_of`.
 
     Reference: Gemma 2 report, arXiv:2408.00118, section 2, for the norms on both sides.
     """
@@ -281,10 +260,10 @@ def gemma(token_ids: Any, weights: Mapping[str, Any]) -> GemmaOutput:
     Reference: Gemma 3 report, arXiv:2503.19786, section 2.
     """
     ids, embedding = jnp.asarray(token_ids), weights["embedding"]
-    if ids.ndim != 1 or not ids.size or ids.dtype.kind not in "iu":
-        raise ValueError(f"`token_ids` must be a row of integers. Received: {ids.dtype} of shape {ids.shape}")
-    if ids.min() < 0 or ids.max() >= len(embedding):  # jax would read the last row without a word
-        raise ValueError(f"`token_ids` must be in [0, {len(embedding)}). Received: {ids.min()} to {ids.max()}")
+    kind = f"{ids.dtype} of shape {ids.shape}"
+    _require(ids.ndim == 1 and ids.size and ids.dtype.kind in "iu", "`token_ids` must be a row of integers", kind)
+    inside = ids.min() >= 0 and ids.max() < len(embedding)  # jax would read the last row without a word
+    _require(inside, f"`token_ids` must be in [0, {len(embedding)})", f"{ids.min()} to {ids.max()}")
     x = embedding[ids] * jnp.sqrt(jnp.float32(embedding.shape[1]))  # (T, D)
     hidden_states, attention = [x], []
     for block in weights["blocks"]:
@@ -316,8 +295,7 @@ def weights_of(backbone: Any) -> dict[str, Any]:
     True
     """
     missing = _what_is_not_here(backbone)
-    if missing:
-        raise ValueError(f"`backbone` must be a text-only Gemma 3 as in 270M and 1B. Received one with {missing}")
+    _require(not missing, "`backbone` must be a text-only Gemma 3 as in 270M and 1B", missing)
     blocks = []
     for layer in backbone.transformer_layers:
         heads = layer.attention
@@ -333,6 +311,11 @@ def weights_of(backbone: Any) -> dict[str, Any]:
         blocks.append(block | {"wavelength": float(heads.rope_wavelength)})
     ends = {"embedding": backbone.token_embedding.embeddings, "final_norm": backbone.layer_norm.scale}
     return {name: _array(variable) for name, variable in ends.items()} | {"blocks": blocks}
+
+
+def _require(fits: Any, expected: str, received: Any) -> None:
+    if not fits:
+        raise ValueError(f"{expected}. Received: {received}")
 
 
 def _array(variable: Any) -> jax.Array:
