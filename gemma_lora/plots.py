@@ -512,7 +512,8 @@ def token_strips(rows: dict[str, Sequence[str]]):
             ax.add_patch(_box(x, top, width, 1, "#d5e3f3" if i % 2 else "white"))
             ax.text(x + width / 2, top + 0.52, token, ha="center", va="center", fontsize=9, color=INK)
             x += width
-    ax.set_xlim(-0.3, 72)
+    widest = max(sum(len(token) + 0.9 for token in tokens) for tokens in rows.values())
+    ax.set_xlim(-0.3, max(widest, 50) + 0.3)
     ax.set_ylim(2.2 * len(rows) - 1, -1)
     ax.set_axis_off()
     return ax

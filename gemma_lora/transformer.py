@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
-#: RoPE's base in blocks that see a window, and in blocks that see everything.
-LOCAL_WAVELENGTH, GLOBAL_WAVELENGTH = 10_000.0, 1_000_000.0
+Weights = Mapping[str, Any]
 
 
 class GemmaOutput(NamedTuple):
@@ -23,12 +23,12 @@ class GemmaOutput(NamedTuple):
     is zero where the block's mask is False.
     """
 
-    hidden_states: list[jax.Array]  # (T, D) each: the scaled embeddings, then after block 0, 1, …
-    attention: list[jax.Array]  # (N, T, T) each, a block after the other: query head, reading token, token read
-    logits: jax.Array  # (T, V): row t scores the token after token t
+    hidden_states: list[Array]  # (T, D) each: the scaled embeddings, then after block 0, 1, …
+    attention: list[Array]  # (N, T, T) each, a block after the other: query head, reading token, token read
+    logits: Array  # (T, V): row t scores the token after token t
 
 
-def rms_norm(x: Any, scale: Any, epsilon: float = 1e-6) -> jax.Array:
+def rms_norm(x: Any, scale: Any, epsilon: float = 1e-6) -> Array:
     """Divides each vector by its root mean square, then multiplies each coordinate by a learned number.
 
     y = x / √(mean(x²) + epsilon) · (1 + scale). Gemma stores the factor less 1, so a scale of zeros changes nothing.
@@ -46,8 +46,8 @@ def rms_norm(x: Any, scale: Any, epsilon: float = 1e-6) -> jax.Array:
 
     Example:
 
-    >>> rms_norm([3.0, 4.0, 12.0, 0.0], [0.0, 0.0, 0.0, 0.0])[0]  # the root mean square is 6.5
-    Array(0.46153846, dtype=float32)
+    >>> [f"{y:.3f}" for y in rms_norm([3.0, 4.0], [0.0, 1.0])]  # the root mean square is √12.5
+    ['0.849', '2.263']
 
     Reference: Zhang and Sennrich 2019, arXiv:1910.07467, equation 4; their gain is 1 + scale here.
     """
@@ -57,7 +57,7 @@ def rms_norm(x: Any, scale: Any, epsilon: float = 1e-6) -> jax.Array:
     return x / jnp.sqrt(mean_square + epsilon) * (1 + scale)
 
 
-def rotary_embedding(x: Any, wavelength: float = LOCAL_WAVELENGTH, positions: Any = None) -> jax.Array:
+def rotary_embedding(x: Any, wavelength: float = 10_000.0, positions: Any = None) -> Array:
     """Rotates pairs of coordinates by an angle that grows with the token's position (RoPE).
 
     Coordinates i and i + H/2 are a pair. At position t it turns by t · wavelength^(−2i/H) radians: the first pair by
@@ -77,8 +77,8 @@ def rotary_embedding(x: Any, wavelength: float = LOCAL_WAVELENGTH, positions: An
 
     Example:
 
-    >>> rotary_embedding([[[1.0, 0.0]], [[1.0, 0.0]]])[1, 0].round(2).tolist()  # one radian: its cosine and sine
-    [0.5399999618530273, 0.8399999737739563]
+    >>> [f"{y:.2f}" for y in rotary_embedding([[[1.0, 0.0]], [[1.0, 0.0]]])[1, 0]]  # one radian: cosine and sine
+    ['0.54', '0.84']
 
     Reference: Su et al. 2021, arXiv:2104.09864, section 3.4.2, equation 34. They pair neighbours, Gemma pairs halves.
     """
@@ -95,7 +95,7 @@ def rotary_embedding(x: Any, wavelength: float = LOCAL_WAVELENGTH, positions: An
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-def causal_mask(length: int) -> jax.Array:
+def causal_mask(length: int) -> Array:
     """Which token may read which: itself and the earlier ones.
 
     Args:
@@ -119,7 +119,7 @@ def causal_mask(length: int) -> jax.Array:
     return position[:, None] >= position[None, :]
 
 
-def sliding_window_mask(length: int, window: int) -> jax.Array:
+def sliding_window_mask(length: int, window: int) -> Array:
     """The causal mask with the far past cut off: a token reads the last `window` tokens, itself among them.
 
     Args:
@@ -144,9 +144,7 @@ def sliding_window_mask(length: int, window: int) -> jax.Array:
     return causal & (position[:, None] - position[None, :] < window)
 
 
-def grouped_query_attention(
-    x: Any, weights: Mapping[str, Any], mask: Any, wavelength: float = LOCAL_WAVELENGTH
-) -> tuple[jax.Array, jax.Array]:
+def grouped_query_attention(x: Any, weights: Weights, mask: Any, wavelength: float = 1e4) -> tuple[Array, Array]:
     """Lets each token collect from the tokens it may read, N heads in parallel, N/K of them sharing keys and values.
 
     For query head n and its key/value head k = ⌊n · K/N⌋, with RMS norm and RoPE on queries and keys:
@@ -192,15 +190,13 @@ def grouped_query_attention(
     return jnp.einsum("tnh,nhd->td", mixed, weights["output"]), attention
 
 
-def geglu(x: Any, gate: Any, up: Any, down: Any) -> jax.Array:
+def geglu(x: Any, gate: Any, up: Any, down: Any) -> Array:
     """Gemma's MLP: two projections, one of which opens or closes the other, and one back. Each token on its own.
 
     y = (GELU(x · gate) ⊙ (x · up)) · down, with GELU(z) ≈ z/2 · (1 + tanh(√(2/π) (z + 0.044715 z³))).
 
     Args:
-        x: (..., D).
-        gate, up: (D, F).
-        down: (F, D).
+        x, gate, up, down: (..., D), (D, F), (D, F) and (F, D).
 
     Returns:
         (..., D).
@@ -222,7 +218,7 @@ def geglu(x: Any, gate: Any, up: Any, down: Any) -> jax.Array:
     return (jax.nn.gelu(x @ gate, approximate=True) * (x @ up)) @ down
 
 
-def gemma_block(x: Any, weights: Mapping[str, Any], mask: Any, wavelength: float) -> tuple[jax.Array, jax.Array]:
+def gemma_block(x: Any, weights: Weights, mask: Any, wavelength: float) -> tuple[Array, Array]:
     """One block: attention, then the MLP, each normalized before and after and added to the residual stream.
 
     a = x + norm(attention(norm(x))), y = a + norm(geglu(norm(a))).
@@ -238,7 +234,7 @@ def gemma_block(x: Any, weights: Mapping[str, Any], mask: Any, wavelength: float
     return x + rms_norm(hidden, weights["post_mlp_norm"]), attention
 
 
-def gemma(token_ids: Any, weights: Mapping[str, Any]) -> GemmaOutput:
+def gemma(token_ids: Any, weights: Weights) -> GemmaOutput:
     """The whole model: embedding · √D, the blocks, a last norm, and the embedding again for the logits.
 
     Args:
@@ -318,7 +314,7 @@ def _require(fits: Any, expected: str, received: Any) -> None:
         raise ValueError(f"{expected}. Received: {received}")
 
 
-def _array(variable: Any) -> jax.Array:
+def _array(variable: Any) -> Array:
     return jnp.asarray(getattr(variable, "value", variable), "float32")
 
 
@@ -326,8 +322,8 @@ def _what_is_not_here(backbone: Any) -> str:
     """What `gemma` would compute wrongly without a word: Gemma 1 and 2, and the larger Gemma 3 with images."""
     if type(backbone).__name__ != "Gemma3Backbone":
         return f"the class {type(backbone).__name__}"
-    wanted = dict.fromkeys(("use_query_key_norm", "use_post_ffw_norm", "use_post_attention_norm"), True)
+    wanted: dict[str, Any] = {"global_rope_scaling_factor": 1.0, "use_bidirectional_attention": False}
+    wanted |= dict.fromkeys(("use_query_key_norm", "use_post_ffw_norm", "use_post_attention_norm"), True)
     wanted |= dict.fromkeys(("vision_encoder", "attention_logit_soft_cap", "final_logit_soft_cap"))
-    wanted |= {"use_bidirectional_attention": False, "global_rope_scaling_factor": 1.0}
     values = {name: getattr(backbone, name, value) for name, value in wanted.items()}
     return ", ".join(f"{name}={value!r}" for name, value in values.items() if value != wanted[name])
