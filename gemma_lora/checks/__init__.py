@@ -22,6 +22,14 @@ from gemma_lora.checks.lesson_03 import (
     rank_with_tolerance,
     update_spectrum,
 )
+from gemma_lora.checks.lesson_04 import (
+    attention_by_hand,
+    attention_weights,
+    block_parameters,
+    normalize,
+    rotate_at,
+    window_mask,
+)
 from gemma_lora.checks.lesson_08 import (
     json_match,
     lora_count_by_hand,
@@ -33,7 +41,10 @@ from gemma_lora.checks.lesson_08 import (
 
 __all__ = [
     "affine_by_hand",
+    "attention_by_hand",
+    "attention_weights",
     "best_of_rank",
+    "block_parameters",
     "block_round_trip",
     "channel_scales",
     "eliminate",
@@ -44,12 +55,15 @@ __all__ = [
     "lora_parameters",
     "loss_weights",
     "merge",
+    "normalize",
     "packed_bytes",
     "rank_by_hand",
     "rank_for_energy",
     "rank_with_tolerance",
+    "rotate_at",
     "scale_and_zero_point",
     "segment_mask",
     "symmetric_codes",
     "update_spectrum",
+    "window_mask",
 ]
