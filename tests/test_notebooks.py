@@ -271,7 +271,10 @@ BAD = [
     (no_figures_in_header, notebook(header=code("# 3 minutes, 2 GB"))),
     (machine_path, notebook(code("x", [stream("saved to /home/ann/run\n")]))),
     (machine_path, notebook(code("x", [stream("'/tmp/x1y2'\n")]))),
-    (machine_path, notebook(code("x", [{"output_type": "execute_result", "data": {"text/plain": ["(/work/course)"]}}]))),
+    (
+        machine_path,
+        notebook(code("x", [{"output_type": "execute_result", "data": {"text/plain": ["(/work/course)"]}}])),
+    ),
     (machine_path, notebook(code("x", [{"output_type": "display_data", "data": {"text/html": "<b>/Users/ann</b>"}}]))),
     (
         machine_path,
