@@ -176,7 +176,8 @@ class _LoRALayer(keras.layers.Layer):
 
     def _frozen_output(self, inputs, training):
         """The base layer's output; in mixed precision while training, if that is asked for."""
-        if not training or self.rounded_kernel is None or inputs.dtype != "float32" or self.base.bias is not None:
+        rounds = training and self.rounded_kernel is not None and not self.merged
+        if not rounds or inputs.dtype != "float32" or self.base.bias is not None:
             return self.base(inputs)
         x = ops.reshape(inputs, (-1, self.matrix_shape()[0]))  # (tokens, d_in)
         y = frozen_product(x, self.rounded_kernel())

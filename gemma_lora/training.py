@@ -269,11 +269,11 @@ class FineTuner(keras.Model):
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         embedding = self.causal_lm.backbone.token_embedding
-        embeddings = self.rounded_embeddings if self.rounded_embeddings is not None else embedding.embeddings
-        embeddings = keras.ops.convert_to_tensor(embeddings)
+        mixed = bool(training and self.settings["mixed_precision"])
+        rounded = self.rounded_embeddings if mixed else None  # validation takes the weights as they are
+        embeddings = keras.ops.convert_to_tensor(embedding.embeddings if rounded is None else rounded)
         if sample_weight is None:
             sample_weight = keras.ops.ones(y.shape, "float32")
-        mixed = bool(training and self.settings["mixed_precision"])
         return chunked_cross_entropy(
             y_pred,
             embeddings if mixed else keras.ops.cast(embeddings, y_pred.dtype),

@@ -7,28 +7,7 @@ import numpy as np
 import pytest
 
 from gemma_lora import checks
-
-
-def stub(*args, **kwargs): ...
-
-
-def not_implemented(*args, **kwargs):
-    raise NotImplementedError
-
-
-def raises(*args, **kwargs):
-    raise IndexError("list index out of range")
-
-
-def sometimes_nothing(right):
-    """A path without `return`: every second call gives None."""
-    calls = []
-
-    def function(**case):
-        calls.append(case)
-        return right(**case) if len(calls) % 2 else None
-
-    return function
+from tests.checker_rules import CheckerRules, exported, said_by
 
 
 def loop_mask(segment_ids, window):
@@ -137,59 +116,14 @@ WRONG = {
     ],
 }
 
-RIGHT_CASES = [(name, function) for name, functions in RIGHT.items() for function in functions]
-WRONG_CASES = [(name, function, said) for name, functions in WRONG.items() for function, said in functions]
 
-
-def said_by(capsys, name, function):
-    assert getattr(checks, name)(function) is None
-    return capsys.readouterr().out
-
-
-def exported(lesson):
-    """The exported checkers that a lesson's module holds."""
-    return {name for name in checks.__all__ if getattr(checks, name).__module__ == f"gemma_lora.checks.{lesson}"}
+class TestLesson08(CheckerRules):
+    LESSON, BY_HAND, RIGHT, WRONG = "lesson_08", "lora_count_by_hand", RIGHT, WRONG
 
 
 def test_every_lessons_checkers_have_a_test_file():
     tested = {"lesson_08", *(f"lesson_{path.stem[-2:]}" for path in Path(__file__).parent.glob("test_checks_*.py"))}
     assert set().union(*map(exported, tested)) == {*checks.__all__}
-
-
-def test_every_checker_is_tested():
-    functions = exported("lesson_08") - {"lora_count_by_hand"}
-    assert functions == {*RIGHT} == {*WRONG}
-    assert all(len(wrong) >= 2 for wrong in WRONG.values())
-
-
-@pytest.mark.parametrize("name", RIGHT)
-@pytest.mark.parametrize("unanswered", [stub, not_implemented, lambda **case: ...])
-def test_an_unanswered_exercise_is_not_yet(capsys, name, unanswered):
-    text = said_by(capsys, name, unanswered)
-    assert "not yet" in text
-    assert "✓" not in text
-
-
-@pytest.mark.parametrize(("name", "function"), RIGHT_CASES)
-def test_a_right_answer_passes(capsys, name, function):
-    assert said_by(capsys, name, function).startswith(f"✓ {name}")
-
-
-@pytest.mark.parametrize(("name", "function", "said"), WRONG_CASES)
-def test_a_wrong_answer_does_not_and_the_slip_is_named(capsys, name, function, said):
-    text = said_by(capsys, name, function)
-    assert "✓" not in text
-    assert "not yet" not in text
-    assert said in text
-
-
-@pytest.mark.parametrize("name", RIGHT)
-def test_an_exception_and_a_missing_return_are_told_with_the_inputs(capsys, name):
-    text = said_by(capsys, name, raises)
-    assert "✗" in text and "IndexError: list index out of range" in text
-    assert " = " in text  # the inputs
-    text = said_by(capsys, name, sometimes_nothing(RIGHT[name][0]))
-    assert "✗" in text and "got:      None" in text
 
 
 def test_a_function_may_change_its_inputs(capsys):
@@ -198,17 +132,6 @@ def test_a_function_may_change_its_inputs(capsys):
         return kernel
 
     assert "✓" in said_by(capsys, "merge", in_place)
-
-
-@pytest.mark.parametrize("value", ["text", {"a": 1}, [[1], [1, 2]], float("nan"), object()])
-@pytest.mark.parametrize("name", RIGHT)
-def test_an_answer_of_another_kind_is_wrong_not_an_error(capsys, name, value):
-    assert "✗" in said_by(capsys, name, lambda **case: value)
-
-
-@pytest.mark.parametrize("answer", [None, ...])
-def test_no_number_by_hand_is_not_yet(capsys, answer):
-    assert "not yet" in said_by(capsys, "lora_count_by_hand", answer)
 
 
 @pytest.mark.parametrize("answer", [368_640, 368_640.0, np.int64(368_640), 18 * 8 * (640 + 1024 + 640 + 256)])

@@ -3,10 +3,8 @@
 import numpy as np
 import pytest
 
-from gemma_lora import checks
-from gemma_lora.checks import lesson_01
 from gemma_lora.quantization import dequantize, quantize
-from tests.test_checks import not_implemented, raises, sometimes_nothing, stub
+from tests.checker_rules import CheckerRules, said_by
 
 
 def top(bits):
@@ -177,57 +175,9 @@ WRONG = {
     ],
 }
 
-RIGHT_CASES = [(name, function) for name, functions in RIGHT.items() for function in functions]
-WRONG_CASES = [(name, function, said) for name, functions in WRONG.items() for function, said in functions]
 
-
-def said_by(capsys, name, function):
-    assert getattr(checks, name)(function) is None
-    return capsys.readouterr().out
-
-
-def test_every_checker_of_the_lesson_is_tested_and_exported():
-    public = {name for name, value in vars(lesson_01).items() if getattr(value, "__module__", "") == lesson_01.__name__}
-    assert public == {*RIGHT, "affine_by_hand"} == {*WRONG, "affine_by_hand"} <= {*checks.__all__}
-    assert all(len(wrong) >= 2 for wrong in WRONG.values())
-
-
-@pytest.mark.parametrize("name", RIGHT)
-@pytest.mark.parametrize("unanswered", [stub, not_implemented, lambda **case: ...])
-def test_an_unanswered_exercise_is_not_yet(capsys, name, unanswered):
-    text = said_by(capsys, name, unanswered)
-    assert "not yet" in text and "✓" not in text
-
-
-@pytest.mark.parametrize(("name", "function"), RIGHT_CASES)
-def test_a_right_answer_passes(capsys, name, function):
-    assert said_by(capsys, name, function).startswith(f"✓ {name}")
-
-
-@pytest.mark.parametrize(("name", "function", "said"), WRONG_CASES)
-def test_a_wrong_answer_does_not_and_the_slip_is_named(capsys, name, function, said):
-    text = said_by(capsys, name, function)
-    assert text.startswith("✗") and "not yet" not in text
-    assert said in text
-
-
-@pytest.mark.parametrize("name", RIGHT)
-def test_an_exception_and_a_missing_return_are_told_with_the_inputs(capsys, name):
-    text = said_by(capsys, name, raises)
-    assert "✗" in text and "IndexError: list index out of range" in text and " = " in text
-    text = said_by(capsys, name, sometimes_nothing(RIGHT[name][0]))
-    assert "✗" in text and "got:      None" in text
-
-
-@pytest.mark.parametrize("value", ["text", {"a": 1}, [[1], [1, 2]], float("nan"), object()])
-@pytest.mark.parametrize("name", RIGHT)
-def test_an_answer_of_another_kind_is_wrong_not_an_error(capsys, name, value):
-    assert "✗" in said_by(capsys, name, lambda **case: value)
-
-
-@pytest.mark.parametrize("answer", [None, ...])
-def test_no_code_by_hand_is_not_yet(capsys, answer):
-    assert "not yet" in said_by(capsys, "affine_by_hand", answer)
+class TestLesson01(CheckerRules):
+    LESSON, BY_HAND, RIGHT, WRONG = "lesson_01", "affine_by_hand", RIGHT, WRONG
 
 
 @pytest.mark.parametrize("answer", [82, 82.0, np.uint8(82), round(100 / (510 / 255)) + 32])

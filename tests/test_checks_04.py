@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gemma_lora import transformer
-from tests.test_checks import exported, not_implemented, raises, said_by, sometimes_nothing, stub
+from tests.checker_rules import CheckerRules, said_by
 
 
 def rms(x):
@@ -157,54 +157,9 @@ WRONG = {
     ],
 }
 
-RIGHT_CASES = [(name, function) for name, functions in RIGHT.items() for function in functions]
-WRONG_CASES = [(name, function, said) for name, functions in WRONG.items() for function, said in functions]
 
-
-def test_every_checker_is_tested():
-    assert exported("lesson_04") - {"attention_by_hand"} == {*RIGHT} == {*WRONG}
-    assert all(len(wrong) >= 2 for wrong in WRONG.values())
-
-
-@pytest.mark.parametrize("name", RIGHT)
-@pytest.mark.parametrize("unanswered", [stub, not_implemented, lambda **case: ...])
-def test_an_unanswered_exercise_is_not_yet(capsys, name, unanswered):
-    text = said_by(capsys, name, unanswered)
-    assert "not yet" in text
-    assert "✓" not in text
-
-
-@pytest.mark.parametrize(("name", "function"), RIGHT_CASES)
-def test_a_right_answer_passes(capsys, name, function):
-    assert said_by(capsys, name, function).startswith(f"✓ {name}")
-
-
-@pytest.mark.parametrize(("name", "function", "said"), WRONG_CASES)
-def test_a_wrong_answer_does_not_and_the_slip_is_named(capsys, name, function, said):
-    text = said_by(capsys, name, function)
-    assert "✗" in text and "✓" not in text
-    assert "not yet" not in text
-    assert said in text
-
-
-@pytest.mark.parametrize("name", RIGHT)
-def test_an_exception_and_a_missing_return_are_told_with_the_inputs(capsys, name):
-    text = said_by(capsys, name, raises)
-    assert "✗" in text and "IndexError: list index out of range" in text
-    assert " = " in text  # the inputs
-    text = said_by(capsys, name, sometimes_nothing(RIGHT[name][0]))
-    assert "✗" in text and "got:      None" in text
-
-
-@pytest.mark.parametrize("value", ["text", {"a": 1}, [[1], [1, 2]], float("nan"), object()])
-@pytest.mark.parametrize("name", RIGHT)
-def test_an_answer_of_another_kind_is_wrong_not_an_error(capsys, name, value):
-    assert "✗" in said_by(capsys, name, lambda **case: value)
-
-
-@pytest.mark.parametrize("answer", [None, ...])
-def test_no_number_by_hand_is_not_yet(capsys, answer):
-    assert "not yet" in said_by(capsys, "attention_by_hand", answer)
+class TestLesson04(CheckerRules):
+    LESSON, BY_HAND, RIGHT, WRONG = "lesson_04", "attention_by_hand", RIGHT, WRONG
 
 
 def test_the_right_number_by_hand_passes(capsys):

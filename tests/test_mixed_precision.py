@@ -59,6 +59,33 @@ def test_outside_training_nothing_is_rounded(gemma):
     np.testing.assert_array_equal(gemma.backbone(x), before)
 
 
+def test_validation_is_in_float32_even_when_merged(gemma):
+    """The loss that `evaluate` gives does not depend on how the model is trained."""
+    lora.apply_lora(gemma, rank=2, targets="all-linear")
+    for number, layer in enumerate(lora.lora_layers(gemma)):
+        layer.lora_b.assign(np.random.default_rng(number).normal(0, 0.1, layer.lora_b.shape))
+    rng = np.random.default_rng(1)
+    x = {"token_ids": rng.integers(5, 300, (2, 12)), "padding_mask": np.ones((2, 12), "int32")}
+    y = rng.integers(5, 300, (2, 12))
+
+    def losses(mixed_precision, merged):
+        tuner = FineTuner(gemma, mixed_precision=mixed_precision)
+        tuner.compile(keras.optimizers.SGD(0.0))
+        if merged:
+            lora.merge_lora(gemma)
+        trained = tuner(x, training=True)
+        lora.unmerge_lora(gemma)
+        return float(np.ravel(tuner.evaluate(x, y, verbose=0))[0]), np.asarray(trained)
+
+    plain, mixed = losses(False, False), losses(True, False)
+    assert mixed[0] == pytest.approx(plain[0], rel=1e-6)
+    assert np.abs(mixed[1] - plain[1]).max() > 1e-4  # training does round
+    merged = losses(True, True)[
+        1
+    ]  # the update is in the kernel, and must not be lost with a rounded copy of the old one
+    np.testing.assert_allclose(merged, plain[1], atol=1e-4 * np.abs(plain[1]).max())
+
+
 def test_rounded_copies_are_variables_of_the_tuner_and_go_with_it(gemma):
     """As variables they are arguments of the compiled step; as constants they would be compiled into it."""
     lora.apply_lora(gemma, rank=2, targets="all-linear")

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from gemma_lora.checks.verdict import verdict
+from gemma_lora.checks.verdict import number_verdict, verdict
 
 _SEED = 1
 
@@ -18,10 +18,6 @@ def affine_by_hand(answer: int | None) -> None:
     Args:
         answer: The code, or None or `...` while there is none.
     """
-    name = "affine_by_hand"
-    if answer is None or answer is ...:
-        print(f"… {name}: not yet. Put your number in place of the dots.")
-        return
     slips: dict[float, str] = {
         50: "100 / 2 is 50, and the zero point 32 is still to be added",
         18: "the zero point is added, not taken away",
@@ -30,16 +26,9 @@ def affine_by_hand(answer: int | None) -> None:
         28: "that is max|x| / 127, the symmetric scale; the range here is affine",
         -46: "codes of an affine quantization are 0 … 255; there is no 128 to take away",
     }
-    try:
-        number = float(answer)
-    except (TypeError, ValueError):
-        print(f"✗ {name}: a number is needed. Got: {answer!r}")
-        return
-    if number == 82:
-        print(f"✓ {name}: scale 510 / 255 = 2, zero point 64 / 2 = 32, code 100 / 2 + 32 = 82.")
-        return
-    hint = slips.get(number, "scale = (high − low) / 255, zero point = −low / scale, code = x / scale + zero point")
-    print(f"✗ {name}: not {answer}; {hint}.")
+    praise = "scale 510 / 255 = 2, zero point 64 / 2 = 32, code 100 / 2 + 32 = 82."
+    hint = "scale = (high − low) / 255, zero point = −low / scale, code = x / scale + zero point"
+    number_verdict("affine_by_hand", answer, 82, praise, slips, hint)
 
 
 def scale_and_zero_point(function: Callable) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from gemma_lora.checks.verdict import verdict
+from gemma_lora.checks.verdict import number_verdict, verdict
 
 _SEED = 3
 
@@ -19,25 +19,14 @@ def rank_by_hand(answer: int | None) -> None:
     Args:
         answer: The rank, or None or `...` while there is none.
     """
-    name = "rank_by_hand"
-    if answer is None or answer is ...:
-        print(f"… {name}: not yet. Put your number in place of the dots.")
-        return
-    hints: dict[float, str] = {
+    slips: dict[float, str] = {
         0: "only the zero matrix has rank 0",
         1: "row 2 is no multiple of row 1",
         3: "one of the three rows is a sum of the other two",
         4: "there are only three rows, and the rank is at most the smaller of rows and columns",
     }
-    try:
-        number = float(answer)
-    except (TypeError, ValueError):
-        print(f"✗ {name}: a number is needed. Got: {answer!r}")
-        return
-    if number == 2:
-        print(f"✓ {name}: rank 2. Row 3 is row 1 plus row 2.")
-        return
-    print(f"✗ {name}: not {answer}; {hints.get(number, 'count the rows that are left after elimination')}.")
+    praise, hint = "rank 2. Row 3 is row 1 plus row 2.", "count the rows that are left after elimination"
+    number_verdict("rank_by_hand", answer, 2, praise, slips, hint)
 
 
 def eliminate(function: Callable) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from gemma_lora.checks.verdict import verdict
+from gemma_lora.checks.verdict import number_verdict, verdict
 
 _SEED = 4
 
@@ -19,27 +19,15 @@ def attention_by_hand(answer: float | None) -> None:
     Args:
         answer: The number, or None or `...` while there is none.
     """
-    name = "attention_by_hand"
-    if answer is None or answer is ...:
-        print(f"… {name}: not yet. Put your number in place of the dots.")
-        return
-    hints = {
+    slips = {
         6.0: "that is the plain mean; the scores say that the second token counts more",
         7.0: "the weights are exchanged: the larger score belongs to the value 4",
         4.0: "softmax is soft: the smaller score keeps a share",
         20.0: "1 · 8 + 3 · 4 must still be divided by the sum 1 + 3",
         round(4 * math.log(3), 2): "the scores are not the weights; they go through the softmax first",
     }
-    try:
-        number = float(answer)
-    except (TypeError, ValueError):
-        print(f"✗ {name}: a number is needed. Got: {answer!r}")
-        return
-    if abs(number - 5) < 1e-3:
-        print(f"✓ {name}: the weights are 1/4 and 3/4, and 8/4 + 3 · 4/4 = 5.")
-        return
-    hint = next((text for value, text in hints.items() if abs(number - value) < 0.01), "take exp of both scores first")
-    print(f"✗ {name}: not {answer}; {hint}.")
+    praise = "the weights are 1/4 and 3/4, and 8/4 + 3 · 4/4 = 5."
+    number_verdict("attention_by_hand", answer, 5, praise, slips, "take exp of both scores first")
 
 
 def normalize(function: Callable) -> None:

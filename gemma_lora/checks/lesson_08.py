@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from gemma_lora.checks.verdict import verdict
+from gemma_lora.checks.verdict import number_verdict, verdict
 
 _SEED = 8
 
@@ -19,10 +19,6 @@ def lora_count_by_hand(answer: int | None) -> None:
     Args:
         answer: The number, or None or `...` while there is none.
     """
-    name = "lora_count_by_hand"
-    if answer is None or answer is ...:
-        print(f"… {name}: not yet. Put your number in place of the dots.")
-        return
     query, value, blocks, rank = (640, 1024), (640, 256), 18, 8
     right = blocks * rank * (sum(query) + sum(value))
     slips: dict[float, str] = {
@@ -33,16 +29,9 @@ def lora_count_by_hand(answer: int | None) -> None:
         2 * right: "that counts every matrix twice: A has d_in · rank numbers and B has rank · d_out",
         right // rank: "that is rank 1; A has 8 columns and B has 8 rows",
     }
-    try:
-        number = float(answer)
-    except (TypeError, ValueError):
-        print(f"✗ {name}: a number is needed. Got: {answer!r}")
-        return
-    if number == right:
-        print(f"✓ {name}: {right:,} parameters, {right / 268_098_176:.2%} of the model.")
-        return
-    hint = slips.get(number, "for each block and target: A has d_in · rank numbers, B has rank · d_out")
-    print(f"✗ {name}: not {answer}; {hint}.")
+    praise = f"{right:,} parameters, {right / 268_098_176:.2%} of the model."
+    hint = "for each block and target: A has d_in · rank numbers, B has rank · d_out"
+    number_verdict("lora_count_by_hand", answer, right, praise, slips, hint)
 
 
 def lora_parameters(function: Callable) -> None:

@@ -53,6 +53,31 @@ def verdict(
         print(f"  It looks as if {slip}.")
 
 
+def number_verdict(name: str, answer: Any, right: float, praise: str, slips: Mapping[float, str], hint: str) -> None:
+    """Prints whether a number that was worked out by hand is the right one.
+
+    Args:
+        name: The exercise's name.
+        answer: The learner's number, or None or `...` while there is none.
+        right: The right number; answers within 0.001 count.
+        praise: How it is found, said with the ✓.
+        slips: `{wrong number: what went wrong}`, numbers to two decimals.
+        hint: What to say to any other number.
+    """
+    if answer is None or answer is ...:
+        print(f"… {name}: not yet. Put your number in place of the dots.")
+        return
+    try:
+        number = float(answer)
+    except (TypeError, ValueError):
+        print(f"✗ {name}: a number is needed. Got: {answer!r}")
+        return
+    if abs(number - right) < 1e-3:
+        print(f"✓ {name}: {praise}")
+        return
+    print(f"✗ {name}: not {answer}; {slips.get(round(number, 2), hint)}.")
+
+
 def same(answer: Any, expected: Any) -> bool:
     """Whether an answer has the expected value's shape and, to rounding, its numbers."""
     try:
