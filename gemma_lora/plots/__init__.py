@@ -1,0 +1,57 @@
+"""The figures, in one visual language: arrays in, Axes out; readable in black and white, labelled, with units."""
+
+from gemma_lora.plots.matrices import break_even, error_against_rank, number_matrices, pictures, singular_values
+from gemma_lora.plots.numbers import (
+    bit_layouts,
+    error_against_size,
+    error_maps,
+    histogram_with_ranges,
+    number_grids,
+    staircase,
+    value_bars,
+)
+from gemma_lora.plots.style import save_figure, show
+from gemma_lora.plots.training import (
+    LiveLossCurve,
+    attention_mask,
+    before_after,
+    lora_diagram,
+    loss_curve,
+    memory_bars,
+    parameters_against_rank,
+    segment_maps,
+    share_bars,
+)
+from gemma_lora.plots.transformer import attention_maps, lines, ranked_bars, rotations, token_strips, transformer_block
+
+__all__ = [
+    "LiveLossCurve",
+    "attention_maps",
+    "attention_mask",
+    "before_after",
+    "bit_layouts",
+    "break_even",
+    "error_against_rank",
+    "error_against_size",
+    "error_maps",
+    "histogram_with_ranges",
+    "lines",
+    "lora_diagram",
+    "loss_curve",
+    "memory_bars",
+    "number_grids",
+    "number_matrices",
+    "parameters_against_rank",
+    "pictures",
+    "ranked_bars",
+    "rotations",
+    "save_figure",
+    "segment_maps",
+    "share_bars",
+    "show",
+    "singular_values",
+    "staircase",
+    "token_strips",
+    "transformer_block",
+    "value_bars",
+]
