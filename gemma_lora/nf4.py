@@ -88,8 +88,8 @@ class NF4Tensor:
     """An array in NF4.
 
     Invariants: `packed` is uint8, two codes a byte, the first in the high nibble, `ceil(n / 2)` of them for n numbers.
-    `scales` is float32, one a block; or, after double quantization, uint8 codes, with `scale_scales` (float32, one for every 256
-    of them) and `offset` (the scales' mean). `shape` is the array's; the last block may be shorter.
+    `scales` is float32, one a block; or, after double quantization, uint8 codes, with `scale_scales` (float32, one for
+    every 256 of them) and `offset` (the scales' mean). `shape` is the array's; the last block may be shorter.
     """
 
     packed: np.ndarray
