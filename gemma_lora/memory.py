@@ -1,11 +1,11 @@
 """Where the bytes of fine-tuning go: weights, gradients, optimizer, activations, logits, quantization constants.
 
-Everything is arithmetic on a model's shape; nothing is loaded. Counts of parameters are exact. Bytes of activations are those
-that this project's training keeps for the backward pass, counted array by array in `activation_floats`.
+Everything is arithmetic on a model's shape; nothing is loaded. Counts of parameters are exact. Bytes of activations
+are those that this project's training keeps for the backward pass, counted array by array in `activation_floats`.
 
-Reference: Rajbhandari et al. 2020, "ZeRO" (https://arxiv.org/abs/1910.02054), section 3, for the parts; Korthikanti et al.
-2022, https://arxiv.org/abs/2205.05198, section 4.1, for counting activations. Both count half precision and dropout masks,
-which are not here.
+Reference: Rajbhandari et al. 2020, "ZeRO" (https://arxiv.org/abs/1910.02054), section 3, for the parts; Korthikanti
+et al. 2022, https://arxiv.org/abs/2205.05198, section 4.1, for counting activations. Both count half precision and
+dropout masks, which are not here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ METHODS = ("full", "lora", "qlora")
 TARGETS = ("query", "key", "value", "attention_output", "gate", "up", "down")
 #: What a process holds before any weight, measured on Linux: Python, KerasHub with TensorFlow, JAX, compiled programs.
 PROCESS_BYTES = 1_450_000_000
-#: Adam's two moments; arrays of the size of the logits that a plain cross-entropy holds (logits, softmax, its gradient).
+#: Adam's two moments; arrays of the size of the logits that a plain cross-entropy holds (logits, softmax, its
+#: gradient).
 MOMENTS, FULL_LOGITS = 2, 3
 
 
@@ -30,8 +31,8 @@ MOMENTS, FULL_LOGITS = 2, 3
 class Configuration:
     """The shape of a decoder-only transformer.
 
-    Invariants: `heads` is a multiple of `key_value_heads`. `hidden` is the MLP's width between its products. `family` is
-    "gemma", "gemma2", "gemma3" or "gpt"; the first three have tied embeddings, a gated MLP and no biases.
+    Invariants: `heads` is a multiple of `key_value_heads`. `hidden` is the MLP's width between its products. `family`
+    is "gemma", "gemma2", "gemma3" or "gpt"; the first three have tied embeddings, a gated MLP and no biases.
     """
 
     name: str
@@ -63,10 +64,11 @@ class Configuration:
 
 
 def _gemma(family: str, name: str, *sizes: int) -> Configuration:
-    return Configuration(name, family, *sizes, vocabulary=262_144 if family == "gemma3" else 256_000)
+    return Configuration(name, family, *sizes, 262_144 if family == "gemma3" else 256_000)
 
 
-#: By KerasHub's preset names, and a model of GPT-3's shape (Brown et al. 2020, table 2.1). `configuration_of` reads any Gemma.
+#: By KerasHub's preset names, and a model of GPT-3's shape (Brown et al. 2020, table 2.1). `configuration_of` reads
+#: any Gemma.
 CONFIGURATIONS: dict[str, Configuration] = {
     configuration.name: configuration
     for configuration in (
@@ -176,7 +178,8 @@ def lora_parameters(configuration: Configuration, rank: int, targets: str | Sequ
     4718592
 
     Reference:
-        Hu et al. 2021, https://arxiv.org/abs/2106.09685, section 4.2 and table 4 (4.7 million: rank 1 on query and value).
+        Hu et al. 2021, https://arxiv.org/abs/2106.09685, section 4.2 and table 4 (4.7 million: rank 1 on query and
+        value).
     """
     _integer("rank", rank)
     shapes = configuration.matrices()
@@ -190,7 +193,8 @@ def lora_parameters(configuration: Configuration, rank: int, targets: str | Sequ
 class Plan:
     """Bytes of one training step, part by part; `total` is their sum.
 
-    `process` is what Python and its libraries hold on a CPU; on an accelerator they are in the host's memory, and it is 0.
+    `process` is what Python and its libraries hold on a CPU; on an accelerator they are in the host's memory, and it
+    is 0.
     """
 
     configuration: Configuration
@@ -221,9 +225,9 @@ def activation_floats(configuration: Configuration, row_length: int) -> int:
     """Numbers that one block keeps for the backward pass, a token.
 
     Eight arrays as wide as the model (the residual stream before each half; what goes into and comes out of the
-    norms), three of the queries' size and four of the keys' (before and after norm and rotation, and the attention's result),
-    two of the attention weights' (before and after the softmax), and four of the MLP's hidden width (gate, up, the gate's
-    activation, and their product).
+    norms), three of the queries' size and four of the keys' (before and after norm and rotation, and the attention's
+    result), two of the attention weights' (before and after the softmax), and four of the MLP's hidden width (gate,
+    up, the gate's activation, and their product).
     """
     c = configuration
     attention = 3 * c.heads * c.head_size + 4 * c.key_value_heads * c.head_size + 2 * c.heads * row_length
@@ -279,8 +283,8 @@ def plan(
     ):
         if value not in known:
             raise ValueError(f"`{name}` must be one of {', '.join(known)}. Received: {name}={value!r}")
-    for name, value in (("rank", rank), ("rows", rows), ("row_length", row_length)):
-        _integer(name, value)
+    for name, number in (("rank", rank), ("rows", rows), ("row_length", row_length)):
+        _integer(name, number)
     size, tokens = BYTES[dtype], rows * row_length
     everything, linear = parameters(c), linear_parameters(c)
     trainable = everything if method == "full" else lora_parameters(c, rank, targets)
