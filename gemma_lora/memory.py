@@ -44,7 +44,7 @@ class Configuration:
     head_size: int
     hidden: int
     vocabulary: int
-    positions: int = 0  # learned position embeddings, GPT's
+    positions: int = 0  # learned position embeddings: GPT's
 
     def matrices(self) -> dict[str, tuple[int, int]]:
         """A block's linear layers: `{name: (d_in, d_out)}`."""
@@ -63,8 +63,11 @@ class Configuration:
         return shapes
 
 
-def _gemma(family: str, name: str, *sizes: int) -> Configuration:
-    return Configuration(name, family, *sizes, 262_144 if family == "gemma3" else 256_000)
+def _gemma(
+    family: str, name: str, layers: int, width: int, heads: int, key_value_heads: int, head_size: int, hidden: int
+) -> Configuration:
+    vocabulary = 262_144 if family == "gemma3" else 256_000
+    return Configuration(name, family, layers, width, heads, key_value_heads, head_size, hidden, vocabulary)
 
 
 #: By KerasHub's preset names, and a model of GPT-3's shape (Brown et al. 2020, table 2.1). `configuration_of` reads
