@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
 import os
 import platform
 import resource
 import sys
+from collections.abc import Callable
+from typing import Any
 
 _ONE_KIB = 1024
 
@@ -78,3 +82,38 @@ def compiler_options() -> dict[str, str]:
     except Exception:  # another version's XLA; which error it raises is not documented
         return {}
     return options
+
+
+class Program:
+    """A jitted function that gives memory back to the system after compiling, before it runs.
+
+    Compiling a training step leaves some hundred megabytes with the allocator, which would stand beside the step's
+    own at its peak.
+
+    Args:
+        function: Takes and gives pytrees of arrays.
+        donate: Positions of arguments whose arrays the results may take the place of.
+    """
+
+    def __init__(self, function: Callable[..., Any], donate: tuple[int, ...]):
+        import jax
+
+        self._jitted = jax.jit(function, donate_argnums=donate, compiler_options=compiler_options())
+        self._compiled: dict[Any, Callable[..., Any]] = {}
+
+    def __call__(self, *arguments: Any) -> Any:
+        import jax
+
+        leaves, structure = jax.tree.flatten(arguments)
+        kind = (structure, *map(jax.typeof, leaves))
+        if kind not in self._compiled:
+            self._compiled[kind] = self._jitted.lower(*arguments).compile()
+            release_memory()
+        return self._compiled[kind](*arguments)
+
+
+def release_memory() -> None:
+    """Asks glibc's allocator to give its free memory back to the system; does nothing elsewhere."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another C library
+            ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -16,7 +16,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from gemma_lora.backend import require_jax
@@ -28,7 +27,7 @@ import keras  # noqa: E402
 from gemma_lora import checkpoint  # noqa: E402
 from gemma_lora import data as data_module  # noqa: E402
 from gemma_lora.files import GemmaLoraError, write_json_atomic, write_text_atomic  # noqa: E402
-from gemma_lora.hardware import compiler_options, memory_bytes, use_compilation_cache  # noqa: E402
+from gemma_lora.hardware import Program, memory_bytes, use_compilation_cache  # noqa: E402
 from gemma_lora.lora import lora_layers  # noqa: E402
 from gemma_lora.loss import chunked_cross_entropy  # noqa: E402
 from gemma_lora.packing import Batch, pack  # noqa: E402
@@ -401,7 +400,7 @@ class FineTuner(keras.Model):
             )
             return logs, (trainable, _changed(frozen, after), optimizer, metrics)
 
-        compiled = jax.jit(step, donate_argnums=(0, 2, 3), compiler_options=compiler_options())
+        compiled = Program(step, donate=(0, 2, 3))
 
         def train_step(state, data):
             logs, (trainable, changed, optimizer, metrics) = compiled(*state, data)
@@ -420,7 +419,7 @@ class FineTuner(keras.Model):
             logs, (_, after, metrics) = self.test_step((trainable, frozen, metrics), data)
             return logs, (_changed(frozen, after), metrics)
 
-        compiled = jax.jit(step, donate_argnums=2, compiler_options=compiler_options())
+        compiled = Program(step, donate=(2,))
 
         def test_step(state, data):
             logs, (changed, metrics) = compiled(*state, data)

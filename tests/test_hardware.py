@@ -1,0 +1,41 @@
+"""`Program`: a jitted function by another way, compiled once for each kind of arguments."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemma_lora import hardware
+
+
+def test_a_program_gives_what_jit_gives_and_compiles_once_a_shape(monkeypatch):
+    released = []
+    monkeypatch.setattr(hardware, "release_memory", lambda: released.append(1))
+
+    def function(state, data):
+        return {"sum": state["a"] * data.sum()}, data + 1
+
+    program, jitted = hardware.Program(function, donate=(0,)), jax.jit(function)
+    for size in (3, 4, 3, 4):
+        data = np.arange(size, dtype="float32")
+        ours, theirs = program({"a": jnp.ones(2)}, data), jitted({"a": jnp.ones(2)}, data)
+        jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    assert len(released) == 2
+
+
+def test_a_program_takes_the_place_of_donated_arrays_only():
+    program = hardware.Program(lambda a, b: (a + b, b * 1), donate=(0,))
+    a, b = jnp.ones(1000), jnp.ones(1000)
+    program(a, b)
+    assert a.is_deleted() and not b.is_deleted()
+
+
+def test_options_are_for_cpus_only(monkeypatch):
+    hardware.compiler_options.cache_clear()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert hardware.compiler_options() == {}
+    hardware.compiler_options.cache_clear()
+
+
+def test_peak_memory_is_at_least_what_is_held_now():
+    hardware.release_memory()
+    assert 0 < hardware.memory_bytes() <= hardware.peak_memory_bytes()
