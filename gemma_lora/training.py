@@ -110,7 +110,7 @@ class TrainingLog(keras.callbacks.Callback):
             self.model.stop_training = True
             raise GemmaLoraError(
                 f"The loss is {loss} at step {len(self.rows) + 1}. Lower the learning rate, or look at the data "
-                "with show_mask. The last checkpoint, if there is one, is from before."
+                "with show_mask."
             )
         now = time.perf_counter()
         row = {
@@ -139,6 +139,16 @@ class _Checkpoints(keras.callbacks.Callback):
         super().__init__()
         self.tuner, self.record, self.log, self.last_step, self.seconds = tuner, record, log, last_step, seconds
         self._written = time.monotonic()
+        self.saved_step = 0
+
+    def state(self) -> str:
+        """What is on disk, for whoever has to know because training ended early."""
+        if not self.saved_step:
+            return f"{self.tuner.run_dir} holds no checkpoint yet."
+        return (
+            f"{self.tuner.run_dir} holds the checkpoint of step {self.saved_step} of {self.last_step}; "
+            "the same command or call goes on from there."
+        )
 
     def on_train_batch_end(self, batch, logs=None):
         step = len(self.log.rows)
@@ -146,12 +156,9 @@ class _Checkpoints(keras.callbacks.Callback):
             self.model.jax_state_sync()  # Keras keeps the values apart while it trains
             arrays = {name: np.asarray(v.value) for name, v in self.tuner.changing_variables().items()}
             if not all(np.isfinite(array).all() for array in arrays.values()):
-                raise GemmaLoraError(
-                    f"A weight is not a finite number after step {step}. Lower the learning rate. "
-                    "The last checkpoint, if there is one, is from before."
-                )
+                raise GemmaLoraError(f"A weight is not a finite number after step {step}. Lower the learning rate.")
             checkpoint.save(self.tuner.run_dir, checkpoint.Checkpoint(step, self.record, self.log.rows, arrays))
-            self._written = time.monotonic()
+            self._written, self.saved_step = time.monotonic(), step
 
 
 class FineTuner(keras.Model):
@@ -478,10 +485,23 @@ class FineTuner(keras.Model):
                 what = "is finished" if done == len(batches) else f"goes on after step {done}"
                 print(f"{self.run_dir}: the run {what} of {len(batches)}.")
             write_json_atomic(self.run_dir / "training_settings.json", record)
-            callbacks.append(_Checkpoints(self, record, self.log, len(batches), self.checkpoint_seconds))
+            checkpoints = _Checkpoints(self, record, self.log, len(batches), self.checkpoint_seconds)
+            checkpoints.saved_step = done
+            callbacks.append(checkpoints)
         if done == len(batches):
             return keras.callbacks.History()
-        return super().fit(_Batches(batches[done:]), callbacks=callbacks, epochs=1, shuffle=False, **kwargs)
+        try:
+            return super().fit(_Batches(batches[done:]), callbacks=callbacks, epochs=1, shuffle=False, **kwargs)
+        except KeyboardInterrupt:
+            if self.run_dir:
+                print(f"\nStopped. {checkpoints.state()}")
+            raise
+        except GemmaLoraError as error:
+            raise GemmaLoraError(f"{error} {checkpoints.state()}" if self.run_dir else str(error)) from error
+        except OSError as error:  # a full disk, most often
+            if self.run_dir:
+                error.strerror = f"{error.strerror or error}. {checkpoints.state()} Path"
+            raise
 
 
 def _changed(before: list, after: list) -> list:

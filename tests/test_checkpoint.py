@@ -68,6 +68,7 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_bits(tmp_path, whole, caps
     for step in (2, 1):
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path, [StopAt(step)])
+        assert "holds the checkpoint of step 1 of" in capsys.readouterr().out
     tuner = train(tmp_path)
     assert "goes on after step" in capsys.readouterr().out
     for ours, theirs in zip(weights_of(tuner), weights_of(whole), strict=True):
@@ -148,9 +149,30 @@ def test_a_weight_that_is_no_number_leaves_the_last_good_checkpoint(tmp_path):
                 variable = self.model.causal_lm.trainable_variables[0]
                 variable.assign(np.full(variable.shape, np.nan))
 
-    with pytest.raises(GemmaLoraError, match="not a finite number"):
+    with pytest.raises(GemmaLoraError, match="not a finite number.* holds the checkpoint of step 1 of"):
         train(tmp_path, [Spoil()])
     assert all(np.isfinite(a).all() for a in checkpoint.load(tmp_path).arrays.values())
+
+
+def test_a_full_disk_says_which_checkpoint_there_is(tmp_path, monkeypatch):
+    save, count = checkpoint.save, []
+
+    def full(folder, state):
+        count.append(1)
+        if len(count) == 2:
+            raise OSError(28, "No space left on device", str(folder))
+        save(folder, state)
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    with pytest.raises(OSError, match="No space left on device. .* holds the checkpoint of step 1 of"):
+        train(tmp_path)
+    assert checkpoint.load(tmp_path).step == 1
+
+
+def test_stopped_before_the_first_checkpoint(tmp_path, capsys):
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, [StopAt(1)])
+    assert "Stopped." in capsys.readouterr().out and checkpoint.load(tmp_path) is None
 
 
 def test_round_trip_and_no_checkpoint(tmp_path):
