@@ -7,8 +7,8 @@ questions, one group of runs each:
     kinds        int4 per channel for one kind of layer at a time: which layers suffer?
     activations  int8 for the inputs of all linear layers, kernels untouched: which range, and one for how many?
 
-Beside the perplexity stands the mean difference of the loss from float32's, in nats a token, with its standard error over
-the tokens, which are paired: the same token in both runs.
+Beside the perplexity stands the mean difference of the loss from float32's, in nats a token, with a standard error over
+the tokens. They are paired: the same token in both runs.
 
     python benchmarks/ptq_perplexity.py                       # all: about 12 minutes on two cores, 4 GB
     python benchmarks/ptq_perplexity.py --groups kinds        # one group; runs that are in the JSON are not repeated
@@ -85,22 +85,9 @@ def quantizers() -> dict:
     for bits in (8, 4, 3):
         for name, spread in spreads.items():
             found[f"int{bits} {name}"] = ptq.integers(bits, **spread)
-    found[f"NF4 per block of {BLOCK}"] = nf4_quantizer(double_quant=False)
-    found[f"NF4 per block of {BLOCK}, double"] = nf4_quantizer(double_quant=True)
+    found[f"NF4 per block of {BLOCK}"] = ptq.nf4_blocks(BLOCK)
+    found[f"NF4 per block of {BLOCK}, double"] = ptq.nf4_blocks(BLOCK, double_quant=True)
     return found
-
-
-def nf4_quantizer(double_quant: bool):
-    """NF4, whose scales are for blocks only."""
-    import numpy as np
-
-    from gemma_lora import nf4
-
-    def quantizer(matrix):
-        tensor = nf4.quantize(matrix, block_size=BLOCK, double_quant=double_quant)
-        return np.asarray(nf4.dequantize(tensor), np.float32).reshape(matrix.shape), tensor.nbytes
-
-    return quantizer
 
 
 def format_runs(scorer):

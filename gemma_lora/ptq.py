@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gemma_lora import nf4
 from gemma_lora.backend import require_jax
 from gemma_lora.lora import TARGETS, einsum_axes
 from gemma_lora.quantization import dequantize, quantize
@@ -97,11 +98,34 @@ def floats(dtype: str) -> Quantizer:
     return quantizer
 
 
+def nf4_blocks(block_size: int = nf4.BLOCK_SIZE, double_quant: bool = False) -> Quantizer:
+    """A quantizer to NF4, which has scales for blocks only.
+
+    Args:
+        block_size, double_quant: As in `nf4.quantize`.
+
+    Returns:
+        A function of a matrix that gives `(x̂, bytes)`.
+
+    Example:
+
+    >>> decoded, size = nf4_blocks()(np.ones((2, 64), np.float32))
+    >>> decoded.shape, size
+    ((2, 64), 72)
+    """
+
+    def quantizer(matrix: np.ndarray) -> tuple[np.ndarray, int]:
+        tensor = nf4.quantize(matrix, block_size, double_quant)
+        return nf4.dequantize(tensor), tensor.nbytes
+
+    return quantizer
+
+
 # --- kernels -----------------------------------------------------------------------------------------------
 
 
 def kernels(model: keras.layers.Layer, kinds: Sequence[str] | None = None) -> list[Kernel]:
-    """The kernels of a model's linear layers, in the model's order, each once.
+    """The kernels of a model's linear layers, each once.
 
     Args:
         model: Any built Keras model.
@@ -122,7 +146,7 @@ def kernels(model: keras.layers.Layer, kinds: Sequence[str] | None = None) -> li
     """
     unknown = [kind for kind in kinds or () if kind not in KINDS]
     if unknown or (kinds is not None and not kinds):
-        raise ValueError(f"`kinds` must name layers among {', '.join(KINDS)}. Received: kinds={kinds!r}")
+        raise ValueError(f"`kinds` must name some layers among {', '.join(KINDS)}. Received: kinds={kinds!r}")
     found: dict[int, Kernel] = {}
     for layer in model._flatten_layers():
         kernel = _kernel_of(layer)
@@ -173,7 +197,7 @@ def quantize_kernels(
 
     Args:
         model: Any built Keras model.
-        quantizer: A function of a matrix (d_out, d_in), float32, that gives `(x̂, bytes)`, such as `integers(4, axis=0)`.
+        quantizer: A function of a float32 matrix (d_out, d_in) that gives `(x̂, bytes)`, such as `integers(4, axis=0)`.
         kinds: As in `kernels`.
 
     Returns:

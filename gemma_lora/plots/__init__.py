@@ -10,6 +10,13 @@ from gemma_lora.plots.numbers import (
     staircase,
     value_bars,
 )
+from gemma_lora.plots.ptq import (
+    accuracy_against_bits,
+    code_histograms,
+    decisions,
+    integer_layer,
+    perplexity_against_size,
+)
 from gemma_lora.plots.style import save_figure, show
 from gemma_lora.plots.training import (
     LiveLossCurve,
@@ -26,15 +33,19 @@ from gemma_lora.plots.transformer import attention_maps, lines, ranked_bars, rot
 
 __all__ = [
     "LiveLossCurve",
+    "accuracy_against_bits",
     "attention_maps",
     "attention_mask",
     "before_after",
     "bit_layouts",
     "break_even",
+    "code_histograms",
+    "decisions",
     "error_against_rank",
     "error_against_size",
     "error_maps",
     "histogram_with_ranges",
+    "integer_layer",
     "lines",
     "lora_diagram",
     "loss_curve",
@@ -42,6 +53,7 @@ __all__ = [
     "number_grids",
     "number_matrices",
     "parameters_against_rank",
+    "perplexity_against_size",
     "pictures",
     "ranked_bars",
     "rotations",
