@@ -61,9 +61,9 @@ def integers(bits: int, symmetric: bool = True, axis: int | None = None, block_s
 
     Example:
 
-    >>> decoded, size = integers(8, axis=0)(np.array([[-1.27, 0.5], [254.0, 3.0]], np.float32))
-    >>> decoded.round(2).tolist(), size
-    ([[-1.27, 0.5], [254.0, 4.0]], 12)
+    >>> decoded, size = integers(8, axis=0)(np.array([[-127, 50], [254, 3]], np.float32))
+    >>> decoded.tolist(), size  # scales 1 and 2: 3 has no code in the second row
+    ([[-127.0, 50.0], [254.0, 4.0]], 12)
     """
 
     def quantizer(matrix: np.ndarray) -> tuple[np.ndarray, int]:

@@ -129,9 +129,9 @@ def code_histograms(panels: dict[str, Sequence[float]], codes: Sequence[int], xl
 
     figure = Figure(figsize=(7, 1.75 * len(panels) + 0.5), layout="constrained")
     axes = list(figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0])
-    ends = (min(codes) - 0.55, max(codes) + 0.55)
+    ends = (min(codes) - 0.2, max(codes) + 0.2)
     for ax, (title, values) in zip(axes, panels.items(), strict=True):
-        new_axes(ax).hist(np.ravel(values), bins=np.linspace(*ends, 106), facecolor="#9fc5e8", edgecolor="#6b8fb3")
+        new_axes(ax).hist(np.ravel(values), bins=np.linspace(*ends, 81), facecolor="#9fc5e8", edgecolor="#6b8fb3")
         for code in codes:
             ax.axvline(code, color=INK, linewidth=1.6, label="a code" if code == codes[0] else None)
         for edge in np.add(codes[:-1], codes[1:]) / 2:
