@@ -27,18 +27,18 @@ def integer_layer(input_bits: int = 8, weight_bits: int = 8):
         (0, 2.3, 3.4, f"codes of x\nuint{input_bits}", "#d5e3f3"),
         (0, 0, 3.4, f"codes of W\nint{weight_bits}", "#d5e3f3"),
         (5, 1.15, 3.6, "sums of products\nint32", "white"),
-        (10, 1.15, 4.4, "− zero point · Σ codes of W\n+ code of the bias, int32", "white"),
-        (15.8, 1.15, 3.4, r"$\cdot\; s_x s_W$" + "\nfloat32", "#dddddd"),
+        (10, 1.15, 6, "− zero point · Σ codes of W\n+ code of the bias, int32", "white"),
+        (17.4, 1.15, 2.8, r"$\cdot\; s_x s_W$" + "\nfloat32", "#dddddd"),
     )
     for left, bottom, width, text, face in stops:
         ax.add_patch(box(left, bottom, width, 1.3, face))
         ax.text(left + width / 2, bottom + 0.65, text, ha="center", va="center", fontsize=9, color=INK)
     for start, end in (((3.4, 2.95), (5, 2.1)), ((3.4, 0.65), (5, 1.5)), ((8.6, 1.8), (10, 1.8))):
         ax.annotate("", end, start, arrowprops=arrow)
-    ax.annotate("", (15.8, 1.8), (14.4, 1.8), arrowprops=arrow)
-    ax.annotate("", (20.6, 1.8), (19.2, 1.8), arrowprops=arrow)
-    ax.text(20.8, 1.8, "y", ha="left", va="center", color=INK)
-    ax.set_xlim(-0.2, 21.4)
+    ax.annotate("", (17.4, 1.8), (16, 1.8), arrowprops=arrow)
+    ax.annotate("", (21.6, 1.8), (20.2, 1.8), arrowprops=arrow)
+    ax.text(21.8, 1.8, "y", ha="left", va="center", color=INK)
+    ax.set_xlim(-0.2, 22.4)
     ax.set_ylim(-0.2, 3.8)
     ax.set_axis_off()
     return ax
