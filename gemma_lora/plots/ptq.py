@@ -164,12 +164,18 @@ def perplexity_against_size(
     from matplotlib.ticker import FixedLocator, NullLocator
 
     ax = new_axes(ax)
+    written: list[tuple[str, float, float]] = []
     for (group, points), (colour, _, marker) in zip(curves.items(), _STYLES, strict=False):
         inside = {name: point for name, point in points.items() if point[1] <= top}
         style = {"color": colour, "marker": marker, "markersize": 7, "linestyle": "none", "markeredgecolor": INK}
         ax.plot([x for x, _ in inside.values()], [y for _, y in inside.values()], label=group, **style)
         for name, (size, perplexity) in points.items():
             place = {"textcoords": "offset points", "fontsize": 9, "color": INK}
+            if any(
+                name == other and abs(x / size - 1) < 0.1 and 0.8 < y / perplexity < 1.25 for other, x, y in written
+            ):
+                continue  # the same format at nearly the same place is named once
+            written.append((name, size, perplexity))
             if name in inside:
                 ax.annotate(name, (size, perplexity), (7, 4), **place)
             else:
@@ -186,5 +192,5 @@ def perplexity_against_size(
     ax.set_xlim(0, 1.12 * max(size for points in curves.values() for size, _ in points.values()))
     ax.set_xlabel(xlabel)
     ax.set_ylabel("perplexity (log scale)")
-    ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    ax.legend(frameon=False, loc="upper right")
     return ax
