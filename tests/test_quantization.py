@@ -227,6 +227,14 @@ def test_fake_quantization_is_there_and_back(symmetric, groups):
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("groups", [*GROUPS, {"value_range": (-0.05, 0.06)}], ids=str)
+def test_the_value_is_the_same_while_a_gradient_is_asked_for(symmetric, groups):
+    x = samples(outliers=10)
+    value, _ = jax.vjp(lambda x: fake_quantize(x, 4, symmetric, **groups), jnp.asarray(x))
+    np.testing.assert_allclose(value, dequantize(quantize(x, 4, symmetric, **groups)), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
 def test_the_gradient_is_one_inside_and_zero_outside(symmetric):
     x = jnp.array([-9.0, -2.1, -1.9, 0.0, 0.37, 1.9, 2.1, 9.0])
     weights = jnp.arange(1.0, 9.0)

@@ -1,6 +1,12 @@
 """The figures, in one visual language: arrays in, Axes out; readable in black and white, labelled, with units."""
 
-from gemma_lora.plots.matrices import break_even, error_against_rank, number_matrices, pictures, singular_values
+from gemma_lora.plots.matrices import (
+    break_even,
+    error_against_rank,
+    number_matrices,
+    pictures,
+    singular_values,
+)
 from gemma_lora.plots.numbers import (
     bit_layouts,
     error_against_size,
@@ -10,8 +16,20 @@ from gemma_lora.plots.numbers import (
     staircase,
     value_bars,
 )
-from gemma_lora.plots.sliders import explore
-from gemma_lora.plots.style import save_figure, show
+from gemma_lora.plots.ptq import (
+    accuracy_against_bits,
+    code_histograms,
+    decisions,
+    integer_layer,
+    perplexity_against_size,
+)
+from gemma_lora.plots.sliders import (
+    explore,
+)
+from gemma_lora.plots.style import (
+    save_figure,
+    show,
+)
 from gemma_lora.plots.training import (
     LiveLossCurve,
     attention_mask,
@@ -23,20 +41,31 @@ from gemma_lora.plots.training import (
     segment_maps,
     share_bars,
 )
-from gemma_lora.plots.transformer import attention_maps, lines, ranked_bars, rotations, token_strips, transformer_block
+from gemma_lora.plots.transformer import (
+    attention_maps,
+    lines,
+    ranked_bars,
+    rotations,
+    token_strips,
+    transformer_block,
+)
 
 __all__ = [
     "LiveLossCurve",
+    "accuracy_against_bits",
     "attention_maps",
     "attention_mask",
     "before_after",
     "bit_layouts",
     "break_even",
+    "code_histograms",
+    "decisions",
     "error_against_rank",
     "error_against_size",
     "error_maps",
     "explore",
     "histogram_with_ranges",
+    "integer_layer",
     "lines",
     "lora_diagram",
     "loss_curve",
@@ -44,6 +73,7 @@ __all__ = [
     "number_grids",
     "number_matrices",
     "parameters_against_rank",
+    "perplexity_against_size",
     "pictures",
     "ranked_bars",
     "rotations",
