@@ -1,5 +1,6 @@
 """The figures, in one visual language: arrays in, Axes out; readable in black and white, labelled, with units."""
 
+from gemma_lora.plots.adapters import adapted_block, adapter_diagram
 from gemma_lora.plots.matrices import break_even, error_against_rank, number_matrices, pictures, singular_values
 from gemma_lora.plots.numbers import (
     bit_layouts,
@@ -26,6 +27,8 @@ from gemma_lora.plots.transformer import attention_maps, lines, ranked_bars, rot
 
 __all__ = [
     "LiveLossCurve",
+    "adapted_block",
+    "adapter_diagram",
     "attention_maps",
     "attention_mask",
     "before_after",
