@@ -178,7 +178,7 @@ def adapted_step(function: Callable) -> None:
     """
     rng = np.random.default_rng(_SEED)
     cases: list[dict[str, Any]] = []
-    for _ in range(20):
+    while len(cases) < 20:
         t, d, m = 2, int(rng.integers(3, 5)), int(rng.integers(1, 3))
         names = ("x", "kernel", "scale", "down_kernel", "up_kernel")
         shapes = ((t, d), (d, d), (d,), (d, m), (m, d))
