@@ -29,7 +29,7 @@ from typing import Any
 os.environ.setdefault("KERAS_BACKEND", "jax")
 ROOT = Path(__file__).resolve().parent.parent
 ROW_LENGTH, SEED = 256, 0
-CHOOSING, SCORED = 50, 120  # validation lines: to choose a rate by, and to score
+CHOOSING, SCORED = 40, 100  # validation lines: to choose a rate by, and to score
 POST_NORMS = ("post_attention_norm", "post_ffw_norm")
 #: 711,936 to 737,280 trained numbers each.
 METHODS: dict[str, dict[str, Any]] = {
