@@ -165,7 +165,7 @@ class FineTuner(keras.Model):
     """Trains what is trainable in a KerasHub Gemma (after `apply_lora`: A and B) on packed examples.
 
     Args:
-        model: A KerasHub Gemma `CausalLM`, usually after `apply_lora`.
+        model: A KerasHub Gemma `CausalLM`, usually after `apply_lora` or `apply_adapters`.
         run_dir: Optional folder for `training.jsonl`, `training_settings.json` and the checkpoint. `fit` with a
             `Dataset` goes on from the checkpoint it finds there.
         learning_rate: Float, the peak rate of the default optimizer, Adam.
@@ -213,7 +213,7 @@ class FineTuner(keras.Model):
     ):
         super().__init__(name="fine_tuner")
         if not model.trainable_variables:
-            raise GemmaLoraError("Nothing in the model is trainable. Call `apply_lora(model, …)` first.")
+            raise GemmaLoraError("Nothing in the model is trainable. Call `apply_lora` or `apply_adapters` first.")
         if accumulate < 1:
             raise ValueError(f"`accumulate` must be at least 1. Received: accumulate={accumulate!r}")
         if remat and any(layer.dropout_rate for layer in lora_layers(model)):
@@ -378,7 +378,8 @@ class FineTuner(keras.Model):
             )
         self.optimizer.build(self.causal_lm.trainable_variables)
         variables = self.changing_variables()
-        if set(variables) != set(found.arrays):
+        shapes = {name: tuple(variable.shape) for name, variable in variables.items()}
+        if shapes != {name: array.shape for name, array in found.arrays.items()}:
             raise GemmaLoraError(f"{self.run_dir}/{checkpoint.FILE}: is of another model. Choose another run folder.")
         for name, variable in variables.items():
             variable.assign(found.arrays[name])

@@ -38,6 +38,13 @@ from gemma_lora.checks.lesson_04 import (
     rotate_at,
     window_mask,
 )
+from gemma_lora.checks.lesson_06 import (
+    adapted_step,
+    adapter_count_by_hand,
+    bottleneck_adapter,
+    largest_bottleneck,
+    merged_layer,
+)
 from gemma_lora.checks.lesson_08 import (
     json_match,
     lora_count_by_hand,
@@ -48,6 +55,8 @@ from gemma_lora.checks.lesson_08 import (
 )
 
 __all__ = [
+    "adapted_step",
+    "adapter_count_by_hand",
     "affine_by_hand",
     "attention_by_hand",
     "attention_weights",
@@ -55,16 +64,19 @@ __all__ = [
     "bias_codes",
     "block_parameters",
     "block_round_trip",
+    "bottleneck_adapter",
     "channel_scales",
     "eliminate",
     "fold_batch_norm",
     "integer_layer",
     "json_match",
+    "largest_bottleneck",
     "largest_saving_rank",
     "lora_count_by_hand",
     "lora_parameters",
     "loss_weights",
     "merge",
+    "merged_layer",
     "normalize",
     "packed_bytes",
     "perplexity_by_hand",

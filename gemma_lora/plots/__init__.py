@@ -1,5 +1,9 @@
 """The figures, in one visual language: arrays in, Axes out; readable in black and white, labelled, with units."""
 
+from gemma_lora.plots.adapters import (
+    adapted_block,
+    adapter_diagram,
+)
 from gemma_lora.plots.matrices import (
     break_even,
     error_against_rank,
@@ -53,6 +57,8 @@ from gemma_lora.plots.transformer import (
 __all__ = [
     "LiveLossCurve",
     "accuracy_against_bits",
+    "adapted_block",
+    "adapter_diagram",
     "attention_maps",
     "attention_mask",
     "before_after",
