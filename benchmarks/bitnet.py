@@ -9,7 +9,7 @@ Three parts, all with `gemma_lora.byte_model` (2 blocks, windows of 128 bytes, 1
 The results are kept after each run, and a run that is there already is not repeated.
 
     python benchmarks/bitnet.py                   # everything: about 15 minutes on two quiet cores
-    python benchmarks/bitnet.py --most 4          # the next four runs only
+    python benchmarks/bitnet.py --minutes 5       # as much of it as five minutes hold; call it again to go on
     python benchmarks/bitnet.py --output /dev/shm/trial.json --parts rates
 """
 
@@ -82,7 +82,7 @@ def main() -> int:
     parser.add_argument(
         "--parts", nargs="+", choices=("rates", "widths", "longer"), default=["rates", "widths", "longer"]
     )
-    parser.add_argument("--most", type=int, default=1000, help="runs to do at most, before it stops")
+    parser.add_argument("--minutes", type=float, default=600, help="no run is begun after so many minutes")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/bitnet.json")
     chosen = parser.parse_args()
     from gemma_lora.files import write_json_atomic
@@ -90,18 +90,17 @@ def main() -> int:
     from gemma_lora.job import versions
 
     runs = json.loads(chosen.output.read_text())["runs"] if chosen.output.exists() else []
-    left = chosen.most
+    end = time.monotonic() + 60 * chosen.minutes
     for part in chosen.parts:
         if part != "rates" and sum(run["part"] == "rates" for run in runs) < len(RATES) * len(KINDS):
             print(f"{part}: the part `rates` has to be complete first", file=sys.stderr)
-            return 1 if left else 0
+            return 1
         for run in planned(part, best_rates(runs) if part != "rates" else {}):
-            if not left:
-                return 0
             if any(run.items() <= done.items() for done in runs):
                 continue
+            if time.monotonic() > end:
+                return 0
             runs.append(run_one(run))
-            left -= 1
             print({name: runs[-1][name] for name in (*run, "validation", "test", "seconds")}, flush=True)
             record = {"runs": runs, "best_rates": best_rates(runs) if part != "rates" else {}}
             write_json_atomic(chosen.output, record | {"machine": machine(), "versions": versions()})

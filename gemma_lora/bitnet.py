@@ -201,7 +201,8 @@ class BitLinear(NormLinear):
     """A linear layer that computes with ternary weights and 8-bit inputs, and learns in full precision.
 
     y = Q_8(RMSNorm(x)) · Q_ternary(W): `activation_fake_quantize` and `ternary_fake_quantize`, with W the latent
-    weights that the optimizer sees. Arguments, weights and their order are `NormLinear`'s, so weights go from one to the other.
+    weights that the optimizer sees. Arguments, weights and their order are `NormLinear`'s, so weights of one fit the
+    other.
 
     Example:
 

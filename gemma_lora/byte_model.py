@@ -103,7 +103,8 @@ def byte_transformer(
     tokens = keras.Input((context,), dtype="int32", name="bytes")
     embedding = keras.layers.ReversibleEmbedding(256, width, embeddings_initializer=uniform(), name="bytes_embedding")
     positions = keras.layers.Embedding(context, width, uniform(), name="position_embedding")
-    x = embedding(tokens) + positions(ops.arange(context))  # (B, T, D)
+    places = ops.zeros_like(tokens) + ops.arange(context)  # made of the input: a constant would leave the model
+    x = embedding(tokens) + positions(places)  # (B, T, D)
     for block in range(blocks):
         parts = ops.split(layer(3 * width, f"block{block}_qkv")(x), 3, axis=-1)  # 3 of (B, T, D)
         query, key, value = (ops.reshape(part, (-1, context, heads, width // heads)) for part in parts)
@@ -149,9 +150,7 @@ def train(
     >>> len(train(model, np.arange(100, dtype="uint8"), steps=2, learning_rate=1e-3, batch=2))
     2
     """
-    context = model.input_shape[1]
-    if len(text) <= context:
-        raise ValueError(f"`text` must be longer than a window of {context} bytes. Received: {len(text)} bytes")
+    context = _context_of(model, text)
     warm_up = max(1, steps // 10)
     schedule = keras.optimizers.schedules.CosineDecay(
         learning_rate / warm_up, max(1, steps - warm_up), warmup_target=learning_rate, warmup_steps=warm_up
@@ -173,6 +172,14 @@ def train(
         if after_step is not None:
             after_step(done + 1, losses[done])
     return losses
+
+
+def _context_of(model: keras.Model, text: np.ndarray) -> int:
+    """Bytes in the model's window, once the text is found to be longer."""
+    context = model.input_shape[1]
+    if len(text) <= context:
+        raise ValueError(f"`text` must be longer than a window of {context} bytes. Received: {len(text)} bytes")
+    return context
 
 
 def _step(model, optimizer, trained, state, fixed, windows):
@@ -203,13 +210,16 @@ def bits_per_byte(model: keras.Model, text: np.ndarray, batch: int = 32) -> floa
     Returns:
         Float, −log2 of the probability of the byte that came, averaged.
 
+    Raises:
+        ValueError: If the text is not longer than one window.
+
     Example:
 
     >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Embedding(256, 256, "zeros")])
     >>> round(bits_per_byte(model, np.arange(9, dtype="uint8")), 4)  # 256 bytes equally likely
     8.0
     """
-    context = model.input_shape[1]
+    context = _context_of(model, text)
     count = (len(text) - 1) // context
     windows = np.stack([text[i * context : (i + 1) * context + 1] for i in range(count)]).astype("int32")
     score = jax.jit(functools.partial(_nats, model))

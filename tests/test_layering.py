@@ -14,8 +14,8 @@ PACKAGE = Path(gemma_lora.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 #: design.md's table from top to bottom. Modules that it does not name stand where their imports put them.
 LAYERS = {
-    "numbers": ["files", "calibration", "quantization", "nf4", "low_rank", "memory", "checkpoint"],
-    "layers": ["backend", "mixed_precision", "lora", "adapters", "bitnet", "transformer", "loss"],
+    "numbers": ["files", "calibration", "quantization", "ternary", "nf4", "low_rank", "memory", "checkpoint"],
+    "layers": ["backend", "mixed_precision", "lora", "adapters", "bitnet", "byte_model", "transformer", "loss"],
     "models": ["templates", "formats", "gguf", "peft", "qlora", "gemma", "data", "packing"],
     "work": ["hardware", "sharding", "generation", "training", "evaluation", "export"],
     "front": ["job", "pipeline", "cli"],
@@ -24,7 +24,7 @@ ORDER = [name for layer in LAYERS.values() for name in layer]
 #: Arrays in, pictures or verdicts out: they need the numbers only, and anything from the front may use them.
 BESIDE = ["plots", "checks"]
 #: What design.md promises to work on plain arrays and plain Keras models, without KerasHub in memory.
-ALONE = ["quantization", "nf4", "low_rank", "lora", "loss", "memory"]
+ALONE = ["quantization", "ternary", "nf4", "low_rank", "lora", "loss", "memory"]
 
 
 def name_of(path: Path) -> str:

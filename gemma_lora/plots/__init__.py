@@ -1,5 +1,6 @@
 """The figures, in one visual language: arrays in, Axes out; readable in black and white, labelled, with units."""
 
+from gemma_lora.plots.bitnet import bit_linear_diagram, curves_with_levels, spread_against, ternary_zones
 from gemma_lora.plots.matrices import break_even, error_against_rank, number_matrices, pictures, singular_values
 from gemma_lora.plots.numbers import (
     bit_layouts,
@@ -30,7 +31,9 @@ __all__ = [
     "attention_mask",
     "before_after",
     "bit_layouts",
+    "bit_linear_diagram",
     "break_even",
+    "curves_with_levels",
     "error_against_rank",
     "error_against_size",
     "error_maps",
@@ -50,7 +53,9 @@ __all__ = [
     "share_bars",
     "show",
     "singular_values",
+    "spread_against",
     "staircase",
+    "ternary_zones",
     "token_strips",
     "transformer_block",
     "value_bars",
