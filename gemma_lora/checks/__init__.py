@@ -38,12 +38,22 @@ from gemma_lora.checks.lesson_08 import (
     merge,
     segment_mask,
 )
+from gemma_lora.checks.lesson_10 import (
+    add_and_subtract,
+    bit_linear,
+    latent_gradient,
+    pack_five,
+    packed_gigabytes_by_hand,
+    ternarize,
+)
 
 __all__ = [
+    "add_and_subtract",
     "affine_by_hand",
     "attention_by_hand",
     "attention_weights",
     "best_of_rank",
+    "bit_linear",
     "block_parameters",
     "block_round_trip",
     "channel_scales",
@@ -51,12 +61,15 @@ __all__ = [
     "fold_batch_norm",
     "json_match",
     "largest_saving_rank",
+    "latent_gradient",
     "lora_count_by_hand",
     "lora_parameters",
     "loss_weights",
     "merge",
     "normalize",
+    "pack_five",
     "packed_bytes",
+    "packed_gigabytes_by_hand",
     "rank_by_hand",
     "rank_for_energy",
     "rank_with_tolerance",
@@ -64,6 +77,7 @@ __all__ = [
     "scale_and_zero_point",
     "segment_mask",
     "symmetric_codes",
+    "ternarize",
     "update_spectrum",
     "window_mask",
 ]
