@@ -1,10 +1,9 @@
 """BitNet b1.58 beside its full-precision twin: bits a byte on held-out help topics of Python, for several widths.
 
-Three parts, all with `gemma_lora.byte_model` (2 blocks, windows of 128 bytes, 16 a step, Adam, warm-up and cosine):
+Two parts, both with `gemma_lora.byte_model` (2 blocks, windows of 128 bytes, 16 a step, Adam, warm-up and cosine):
 
     rates     width 64, 300 steps, one seed: the peak learning rate of each kind is chosen by the validation topics
     widths    600 steps at that rate, three seeds: the gap between the kinds against the width
-    longer    width 64, 2400 steps, one seed
 
 The results are kept after each run, and a run that is there already is not repeated.
 
@@ -34,10 +33,10 @@ def planned(part: str, best: dict[str, float]) -> list[dict]:
     if part == "rates":
         rest = {"part": part, "width": 64, "steps": 300, "seed": 0}
         return [{**rest, "kind": kind, "learning_rate": rate} for rate in RATES for kind in KINDS]
-    chosen = [(width, seed, 600) for width in WIDTHS for seed in SEEDS] if part == "widths" else [(64, 0, 2400)]
     return [
-        {"part": part, "width": width, "steps": steps, "seed": seed, "kind": kind, "learning_rate": best[kind]}
-        for width, seed, steps in chosen
+        {"part": part, "width": width, "steps": 600, "seed": seed, "kind": kind, "learning_rate": best[kind]}
+        for width in WIDTHS
+        for seed in SEEDS
         for kind in KINDS
     ]
 
@@ -79,9 +78,7 @@ def run_one(run: dict) -> dict:
 def main() -> int:
     """Does the runs that are missing, and writes the JSON after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--parts", nargs="+", choices=("rates", "widths", "longer"), default=["rates", "widths", "longer"]
-    )
+    parser.add_argument("--parts", nargs="+", choices=("rates", "widths"), default=["rates", "widths"])
     parser.add_argument("--minutes", type=float, default=600, help="no run is begun after so many minutes")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/bitnet.json")
     chosen = parser.parse_args()
