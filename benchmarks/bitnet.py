@@ -1,6 +1,6 @@
 """BitNet b1.58 beside its full-precision twin: bits a byte on held-out help topics of Python, for several widths.
 
-Two parts, both with `gemma_lora.byte_model` (2 blocks, windows of 128 bytes, 16 a step, Adam, warm-up and cosine):
+Two parts, both with `gemma_lora.byte_model` (2 blocks, windows of 64 bytes, 16 a step, Adam, warm-up and cosine):
 
     rates     width 64, 300 steps, one seed: the peak learning rate of each kind is chosen by the validation topics
     widths    600 steps at that rate, three seeds: the gap between the kinds against the width
@@ -24,7 +24,7 @@ from pathlib import Path
 os.environ.setdefault("KERAS_BACKEND", "jax")
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = ("twin", "bitnet")
-RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+RATES = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 WIDTHS, SEEDS = (16, 32, 64, 128), (0, 1, 2)
 
 

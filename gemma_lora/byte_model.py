@@ -61,17 +61,17 @@ def read_topics() -> dict[str, np.ndarray]:
 
 
 def byte_transformer(
-    linear: Callable[..., Any], width: int = 128, blocks: int = 2, heads: int = 4, context: int = 128, seed: int = 0
+    linear: Callable[..., Any], width: int = 128, blocks: int = 2, heads: int = 4, context: int = 64, seed: int = 0
 ) -> keras.Model:
     """A transformer over bytes whose linear layers are made by `linear`, as `BitLinear` or its twin `NormLinear`.
 
     A block adds attention and then an MLP to the residual stream: x + linear(attention(linear(x))), then
-    x + linear(ReLU(linear(x))²). `linear` brings the norm along. One layer makes queries, keys and values. Byte and
-    position embeddings, and the logits, which use the byte embedding again, are plain.
+    x + linear(ReLU(linear(x))²). `linear` brings the norm along. One layer makes queries, keys and values; positions
+    are rotary. The byte embedding, times √width at the input as in Gemma, and the logits, which use it again, are plain.
 
     Args:
         linear: Called as `linear(units, kernel_initializer=…, name=…)`, gives a layer (..., d_in) -> (..., units).
-        width, blocks, heads: Integers; heads divide the width.
+        width, blocks, heads: Integers; the width is an even number for each head.
         context: Integer, bytes a window.
         seed: Integer, of the first weights: with one seed, models of two kinds of `linear` start alike.
 
@@ -79,7 +79,7 @@ def byte_transformer(
         A functional model, (B, T) integers -> (B, T, 256) logits of the next byte, T = `context`.
 
     Raises:
-        ValueError: If `heads` does not divide `width`.
+        ValueError: If `heads` does not divide `width` into even numbers.
 
     Example:
 
@@ -87,33 +87,38 @@ def byte_transformer(
     >>> byte_transformer(BitLinear, width=8, blocks=1, heads=2, context=4).output_shape
     (None, 4, 256)
 
-    Reference: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762; the squared ReLU is that of BitNet b1.58 2B4T (Ma
-    et al. 2025, https://arxiv.org/abs/2504.12285), which has a gate and rotary positions as well.
+    Reference: BitNet b1.58 2B4T (Ma et al. 2025, https://arxiv.org/abs/2504.12285) has rotary positions and the squared
+    ReLU too, a gate in the MLP besides, and kernels of their own for queries, keys and values.
     """
-    if width % heads:
-        raise ValueError(f"`heads` must divide `width`. Received: width={width}, heads={heads}")
+    if width % (2 * heads):  # rotary positions turn pairs
+        raise ValueError(f"`heads` must divide `width`, an even number each. Received: width={width}, heads={heads}")
     seeds = itertools.count(1000 * seed)  # not Keras's global seed, which imports TensorFlow
 
     def layer(units: int, name: str):
         return linear(units, kernel_initializer=keras.initializers.GlorotUniform(next(seeds)), name=name)
 
-    def uniform():
-        return keras.initializers.RandomUniform(-0.05, 0.05, next(seeds))
-
     tokens = keras.Input((context,), dtype="int32", name="bytes")
-    embedding = keras.layers.ReversibleEmbedding(256, width, embeddings_initializer=uniform(), name="bytes_embedding")
-    positions = keras.layers.Embedding(context, width, uniform(), name="position_embedding")
-    places = ops.zeros_like(tokens) + ops.arange(context)  # made of the input: a constant would leave the model
-    x = embedding(tokens) + positions(places)  # (B, T, D)
+    first = keras.initializers.RandomUniform(-0.05, 0.05, next(seeds))
+    embedding = keras.layers.ReversibleEmbedding(256, width, embeddings_initializer=first, name="bytes_embedding")
+    x = embedding(tokens) * math.sqrt(width)  # (B, T, D)
     for block in range(blocks):
         parts = ops.split(layer(3 * width, f"block{block}_qkv")(x), 3, axis=-1)  # 3 of (B, T, D)
         query, key, value = (ops.reshape(part, (-1, context, heads, width // heads)) for part in parts)
-        mixed = ops.dot_product_attention(query, key, value, is_causal=True)  # (B, T, N, H)
+        mixed = ops.dot_product_attention(_rotated(query), _rotated(key), value, is_causal=True)  # (B, T, N, H)
         x = x + layer(width, f"block{block}_output")(ops.reshape(mixed, (-1, context, width)))
         hidden = ops.square(ops.relu(layer(4 * width, f"block{block}_up")(x)))  # (B, T, 4 D)
         x = x + layer(width, f"block{block}_down")(hidden)
     x = keras.layers.RMSNormalization(name="final_norm")(x)
     return keras.Model(tokens, embedding(x, reverse=True))
+
+
+def _rotated(x):
+    """Rotary positions (lesson 04) for queries or keys (B, T, N, H): pair i turns by t · 10,000^(−2i/H) radians."""
+    half, places = x.shape[-1] // 2, np.arange(x.shape[1], dtype="float32")
+    angles = (places[:, None] * 10_000.0 ** (-np.arange(half) / half))[:, None]  # (T, 1, H/2)
+    cos, sin = np.cos(angles).astype("float32"), np.sin(angles).astype("float32")
+    first, second = x[..., :half], x[..., half:]
+    return ops.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
 def train(

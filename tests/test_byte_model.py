@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from gemma_lora.bitnet import BitLinear, NormLinear
-from gemma_lora.byte_model import HELD_OUT, bits_per_byte, byte_transformer, read_topics, train, write_on
+from gemma_lora.byte_model import HELD_OUT, _rotated, bits_per_byte, byte_transformer, read_topics, train, write_on
+from gemma_lora.transformer import rotary_embedding
 
 
 @pytest.fixture(scope="module")
@@ -66,15 +67,22 @@ def test_both_kinds_start_from_the_same_weights_and_another_seed_from_others():
     pairs = list(zip(twin.get_weights(), bitnet.get_weights(), other.get_weights(), strict=True))
     assert all(np.array_equal(a, b) for a, b, _ in pairs)
     kernels = [(a, c) for a, _, c in pairs if a.ndim == 2]
-    assert len(kernels) == 10 and not any(np.array_equal(a, c) for a, c in kernels)
-    assert len({a.tobytes() for a, _ in kernels}) == 10  # no two layers alike
+    assert len(kernels) == 9 and not any(np.array_equal(a, c) for a, c in kernels)
+    assert len({a.tobytes() for a, _ in kernels}) == 9  # no two layers alike
 
 
-def test_positions_are_learned():
-    assert "position_embedding" in [layer.name for layer in small().layers]
+def test_the_order_of_bytes_matters():
     model = small(blocks=1)
-    text = np.full((1, 16), 97, "int32")  # one byte all over: without positions all places would look alike
-    assert not np.allclose(model(text)[0, 3], model(text)[0, 4], atol=1e-4)
+    text = np.arange(16, dtype="int32")[None]
+    swapped = text.copy()
+    swapped[0, [2, 9]] = text[0, [9, 2]]  # without positions the last byte would see the same set of bytes
+    assert not np.allclose(model(text)[0, -1], model(swapped)[0, -1], atol=1e-4)
+
+
+def test_positions_are_rotary():
+    x = np.random.default_rng(0).normal(size=(2, 9, 3, 8)).astype("float32")
+    wanted = [rotary_embedding(text) for text in x]
+    assert np.allclose(_rotated(x), wanted, atol=1e-5)
 
 
 def test_the_layers_are_those_asked_for():
@@ -84,8 +92,8 @@ def test_the_layers_are_those_asked_for():
 
 
 def test_heads_must_divide_the_width():
-    with pytest.raises(ValueError, match="`heads` must divide `width`.*width=10, heads=4"):
-        byte_transformer(NormLinear, width=10)
+    with pytest.raises(ValueError, match="`heads` must divide `width`.*width=12, heads=4"):
+        byte_transformer(NormLinear, width=12)
 
 
 # --- training and measuring --------------------------------------------------------------------------------
