@@ -4,6 +4,12 @@ from gemma_lora.plots.adapters import (
     adapted_block,
     adapter_diagram,
 )
+from gemma_lora.plots.bitnet import (
+    bit_linear_diagram,
+    curves_with_levels,
+    spread_against,
+    ternary_zones,
+)
 from gemma_lora.plots.matrices import (
     break_even,
     error_against_rank,
@@ -63,8 +69,10 @@ __all__ = [
     "attention_mask",
     "before_after",
     "bit_layouts",
+    "bit_linear_diagram",
     "break_even",
     "code_histograms",
+    "curves_with_levels",
     "decisions",
     "error_against_rank",
     "error_against_size",
@@ -88,7 +96,9 @@ __all__ = [
     "share_bars",
     "show",
     "singular_values",
+    "spread_against",
     "staircase",
+    "ternary_zones",
     "token_strips",
     "transformer_block",
     "value_bars",
