@@ -1,5 +1,6 @@
 """The figures, in one visual language: arrays in, Axes out; readable in black and white, labelled, with units."""
 
+from gemma_lora.plots.lora import against_rank, energy_bands, loss_against_rate, stacked_memory
 from gemma_lora.plots.matrices import break_even, error_against_rank, number_matrices, pictures, singular_values
 from gemma_lora.plots.numbers import (
     bit_layouts,
@@ -26,17 +27,20 @@ from gemma_lora.plots.transformer import attention_maps, lines, ranked_bars, rot
 
 __all__ = [
     "LiveLossCurve",
+    "against_rank",
     "attention_maps",
     "attention_mask",
     "before_after",
     "bit_layouts",
     "break_even",
+    "energy_bands",
     "error_against_rank",
     "error_against_size",
     "error_maps",
     "histogram_with_ranges",
     "lines",
     "lora_diagram",
+    "loss_against_rate",
     "loss_curve",
     "memory_bars",
     "number_grids",
@@ -50,6 +54,7 @@ __all__ = [
     "share_bars",
     "show",
     "singular_values",
+    "stacked_memory",
     "staircase",
     "token_strips",
     "transformer_block",
