@@ -90,8 +90,8 @@ def against_rank(
         ax.set_ylabel(label + (" (log scale)" if log else ""))
         if form:
             for rank, value in next(iter(curves.values())).items():
-                place = {"textcoords": "offset points", "ha": "center", "fontsize": 9, "color": INK}
-                ax.annotate(form.format(value), (rank, value), (0, 8), **place)
+                place = {"textcoords": "offset points", "ha": "left", "fontsize": 9, "color": INK}
+                ax.annotate(form.format(value), (rank, value), (4, -12), **place)
     for name, level in (levels or {}).items():
         axes[0].axhline(level, color=INK, linewidth=1.2, linestyle=(0, (1, 1)), label=name)
     for ax in axes:
