@@ -55,6 +55,8 @@ RUNS |= {f"rank-16-all-seed-{seed}": lora_run(16, "all", seed=seed) for seed in 
 
 def train(model, dataset, settings: dict) -> dict:
     """Fine-tunes a model in place, and says what it cost."""
+    import keras
+
     import gemma_lora as gl
 
     if settings["method"] == "lora":
@@ -62,8 +64,14 @@ def train(model, dataset, settings: dict) -> dict:
         gl.apply_lora(model, settings["rank"], ALPHA, targets, seed=1000 * settings["seed"])
     named = {"learning_rate": settings["rate"], "row_length": ROW_LENGTH, "seed": settings["seed"]}
     tuner = gl.FineTuner(model, mixed_precision=True, **named)
+
+    def tell(step, logs):
+        if step % 10 == 9:
+            print(f"  step {step + 1}: loss {tuner.log.rows[-1]['loss']:.3f}", file=sys.stderr, flush=True)
+
+    watch = keras.callbacks.LambdaCallback(on_train_batch_end=tell)
     try:
-        tuner.fit(dataset, limit=settings["lines"], verbose=0)
+        tuner.fit(dataset, limit=settings["lines"], verbose=0, callbacks=[watch])
     except gl.GemmaLoraError as error:  # a rate so high that the loss is no number
         return {"failed": str(error)}
     seconds = [row["seconds"] for row in tuner.log.rows]
@@ -199,10 +207,11 @@ def main() -> int:
         runs = json.loads(chosen.output.read_text())["runs"] if chosen.output.exists() else {}
         if name in runs:
             continue
-        done = subprocess.run([sys.executable, __file__, "--one", name], capture_output=True, text=True)
+        print(name, file=sys.stderr, flush=True)
+        done = subprocess.run([sys.executable, __file__, "--one", name], stdout=subprocess.PIPE, text=True)
         found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
         if not found:
-            print(f"{name} failed:\n{done.stderr[-2000:]}", file=sys.stderr)
+            print(f"{name} failed; what went wrong stands above.", file=sys.stderr)
             return 1
         runs[name] = json.loads(found[-1].removeprefix("RESULT "))
         write(chosen.output, runs)
