@@ -4,10 +4,9 @@ Two questions, a group of runs each; every run sees the same training lines once
 
   rank-…   rank 1, 4, 16, 64 on all linear layers and rank 4, 16 on query and value, alpha 32, one learning rate;
            rank 16 with two more seeds
-  rate-…   rank 16 on all linear layers, and full fine-tuning of every weight, at several learning rates, on half
-           the lines
+  rate-…   rank 16 on all linear layers, and full fine-tuning of every weight, at several learning rates; shorter
 
-Measured on the first 150 lines of `validation` and on `validation_unseen`, never on a test split: the loss of the
+Measured on the first lines of `validation` and, for ranks, on `validation_unseen`, never on a test split: the loss of the
 answer's tokens, and teacher-forced exact match, the share of answers of which every token is the most probable one
 after the right tokens before it. Each run is a process of its own and is written to the JSON when it is done; runs that
 are there are not made again.
@@ -32,25 +31,24 @@ from pathlib import Path
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 ROOT = Path(__file__).resolve().parent.parent
-ALPHA, ROW_LENGTH, RATE, LINES, VALIDATION = 32, 256, 5e-4, 320, 150
+ALPHA, ROW_LENGTH, RATE = 32, 256, 5e-4
+#: Training lines, and the lines of each validation split, by group.
+LINES, VALIDATION = {"rank": 320, "rate": 120}, {"rank": 150, "rate": 60}
 MOST_ANSWER_TOKENS = 224  # in a row of validation; checked
 
 
-def lora_run(rank: int, targets: str, rate: float = RATE, lines: int = LINES, seed: int = 0) -> dict:
-    """Settings of a LoRA run; `targets` is "all" or "qv"."""
-    return {"method": "lora", "rank": rank, "targets": targets, "rate": rate, "lines": lines, "seed": seed}
+def settings_of(group: str, rank: int | None = 16, targets: str | None = "all", rate: float = RATE, seed: int = 0):
+    """Settings of a run: LoRA with `targets` "all" or "qv", or, without a rank, full fine-tuning."""
+    method = "full" if rank is None else "lora"
+    named = {"rank": rank, "targets": targets, "rate": rate, "seed": seed}
+    return {"group": group, "method": method, **named, "lines": LINES[group]}
 
 
-def full_run(rate: float) -> dict:
-    """Settings of a full fine-tuning run."""
-    return {"method": "full", "rank": None, "targets": None, "rate": rate, "lines": LINES // 2, "seed": 0}
-
-
-RUNS = {f"rank-{rank}-all": lora_run(rank, "all") for rank in (16, 1, 4, 64)}
-RUNS |= {f"rank-{rank}-qv": lora_run(rank, "qv") for rank in (4, 16)}
-RUNS |= {f"rate-lora-{rate:g}": lora_run(16, "all", rate, LINES // 2) for rate in (1.5e-4, 5e-4, 1.5e-3, 5e-3)}
-RUNS |= {f"rate-full-{rate:g}": full_run(rate) for rate in (1.5e-5, 5e-5, 1.5e-4, 5e-4)}
-RUNS |= {f"rank-16-all-seed-{seed}": lora_run(16, "all", seed=seed) for seed in (1, 2)}
+RUNS = {f"rank-{rank}-all": settings_of("rank", rank) for rank in (16, 1, 4, 64)}
+RUNS |= {f"rank-{rank}-qv": settings_of("rank", rank, "qv") for rank in (4, 16)}
+RUNS |= {f"rate-lora-{rate:g}": settings_of("rate", rate=rate) for rate in (1.5e-4, 5e-4, 1.5e-3, 5e-3)}
+RUNS |= {f"rate-full-{rate:g}": settings_of("rate", None, None, rate) for rate in (1.5e-5, 5e-5, 1.5e-4, 5e-4)}
+RUNS |= {f"rank-16-all-seed-{seed}": settings_of("rank", seed=seed) for seed in (1, 2)}
 
 
 def train(model, dataset, settings: dict) -> dict:
@@ -163,11 +161,11 @@ def run_one(name: str) -> dict:
     dataset = gl.load_dataset(ROOT / "data/expenses")
     unseen = data.read_jsonl(ROOT / "data/expenses/validation_unseen.jsonl")
     model = gl.load_gemma()
-    result = {**settings, "group": name.split("-")[0], **train(model, dataset, settings)}
+    result = {**settings, **train(model, dataset, settings)}
     if "failed" not in result:
-        splits = {"validation": dataset.validation[:VALIDATION]}
-        if result["group"] == "rank":
-            splits["validation_unseen"] = unseen
+        splits = {"validation": dataset.validation[: VALIDATION[settings["group"]]]}
+        if settings["group"] == "rank":
+            splits["validation_unseen"] = unseen[: VALIDATION["rank"]]
         result["scores"] = {split: evaluate(model, lines, dataset.template) for split, lines in splits.items()}
         if settings["method"] == "lora":
             result |= {"adapter_bytes": adapter_bytes(model), "spectra": spectra(model)}
@@ -182,7 +180,7 @@ def write(path: Path, runs: dict) -> None:
     from gemma_lora.hardware import machine
     from gemma_lora.job import versions
 
-    settings = {"alpha": ALPHA, "row_length": ROW_LENGTH, "rate": RATE, "lines": LINES, "validation_lines": VALIDATION}
+    settings = {"alpha": ALPHA, "row_length": ROW_LENGTH, "lines": LINES, "validation_lines": VALIDATION}
     ordered = {name: runs[name] for name in RUNS if name in runs}
     note = "Seconds were taken on a machine that other work shared; compare them as rough ratios only."
     record = {"runs": ordered, "settings": settings, "note": note, "machine": machine(), "versions": versions()}
