@@ -6,8 +6,8 @@ Two questions, a group of runs each; every run sees the same training lines once
            rank 16 with two more seeds
   rate-…   rank 16 on all linear layers, and full fine-tuning of every weight, at several learning rates; shorter
 
-Measured on the first lines of `validation` and, for ranks, on `validation_unseen`, never on a test split: the loss of the
-answer's tokens, and teacher-forced exact match, the share of answers of which every token is the most probable one
+Measured on the first lines of `validation` and, for ranks, of `validation_unseen`, never on a test split: the loss of
+the answer's tokens, and teacher-forced exact match, the share of answers of which every token is the most probable one
 after the right tokens before it. Each run is a process of its own and is written to the JSON when it is done; runs that
 are there are not made again.
 
