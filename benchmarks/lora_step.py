@@ -26,7 +26,7 @@ PEERS = ("ours", "ours_remat", "ours_mixed", "keras_hub", "peft_fp32", "peft_bf1
 ROWS, LENGTH, RANK, RATE = 4, 256, 8, 5e-4
 
 
-def lines(count: int):
+def lines(count: int, tokenizer=None):
     """The first training lines as `(tokens, loss mask)`, and the tokenizer's ids of them all in one stream."""
     import numpy as np
 
@@ -34,9 +34,10 @@ def lines(count: int):
     from gemma_lora import data, gemma, gguf
 
     dataset = gl.load_dataset(ROOT / "data/expenses")
-    hub = gemma.import_keras_hub()
-    proto = gguf.read_index(gemma.builtin_gguf()).tokenizer
-    tokenizer = hub.tokenizers.Gemma3Tokenizer(proto=proto, has_vision_tokens=False)
+    if tokenizer is None:
+        hub = gemma.import_keras_hub()
+        proto = gguf.read_index(gemma.builtin_gguf()).tokenizer
+        tokenizer = hub.tokenizers.Gemma3Tokenizer(proto=proto, has_vision_tokens=False)
     encoded = data.encode(dataset.train[:count], tokenizer, dataset.template, LENGTH)
     stream = np.concatenate(encoded.tokens)[: ROWS * LENGTH + 1]
     return encoded, stream
@@ -69,8 +70,8 @@ def run_ours(peer: str, repeats: int, count: int) -> dict:
     from gemma_lora import packing, training
     from gemma_lora.hardware import peak_memory_bytes
 
-    encoded, stream = lines(count)
     model = gl.load_gemma()
+    encoded, stream = lines(count, model.preprocessor.tokenizer)
     gl.apply_lora(model, rank=RANK)
     named = {"mixed_precision": peer == "ours_mixed", "remat": peer == "ours_remat", "chunk_size": 256}
     tuner = gl.FineTuner(model, rows=ROWS, row_length=LENGTH, **named)
@@ -98,8 +99,8 @@ def run_keras_hub(peer: str, repeats: int, count: int) -> dict:
     import gemma_lora as gl
     from gemma_lora.hardware import peak_memory_bytes
 
-    encoded, stream = lines(count)
     model = gl.load_gemma()
+    encoded, stream = lines(count, model.preprocessor.tokenizer)
     for block in model.backbone.transformer_layers:  # KerasHub's own mask and attention again
         del block._compute_attention_mask, block.attention._compute_attention
     model.preprocessor = None

@@ -1,4 +1,4 @@
-"""The command line: `gemma-lora finetune`, `evaluate` and `generate`."""
+"""The command line: `gemma-lora finetune`, `evaluate`, `generate` and `plan`."""
 
 from __future__ import annotations
 
@@ -143,6 +143,75 @@ def evaluate(
     typer.echo(f"exact match {100 * scores['exact_match']:.1f} % of {scores['count']}")
     for field, value in scores["fields"].items():
         typer.echo(f"  {field}: {100 * value:.1f} %")
+
+
+@app.command(epilog="Example: `gemma-lora plan --model gemma3_1b --memory 16GB`")
+def plan(
+    model: Annotated[str, typer.Option(help="A model's shape: gemma3_270m, gemma3_1b, gemma2_2b_en, … gpt3_175b.")],
+    memory: Annotated[str, typer.Option(help="What there is: 16GB, 7.5GiB. Of a GPU or TPU: its own memory.")],
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the update.")] = 16,
+    targets: Annotated[str, typer.Option(help="As of finetune.")] = "all-linear",
+    row_length: Annotated[int, typer.Option(min=1, help="Tokens a row.")] = 384,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16: weights and activations.")] = "float32",
+    accelerator: Annotated[
+        bool, typer.Option("--accelerator", help="Memory is a GPU's or TPU's: Python and its libraries are elsewhere.")
+    ] = False,
+) -> None:
+    """Say where the bytes of fine-tuning would go, what fits, and with which settings.
+
+    Nothing is loaded. On Gemma 3 270M and a CPU the sums are within 15 % of measured peaks; for other models and on
+    accelerators they are arithmetic that nothing has checked.
+    """
+    from gemma_lora import memory as sizes
+
+    if model not in sizes.CONFIGURATIONS:
+        raise GemmaLoraError(f"--model: {model!r} is not known. Give one of {', '.join(sizes.CONFIGURATIONS)}.")
+    try:
+        available = sizes.parse_bytes(memory)
+    except ValueError as error:
+        raise GemmaLoraError(f"--memory: {error}") from None
+    names = targets if targets == "all-linear" else tuple(t.strip() for t in targets.split(","))
+    named = {"rank": rank, "targets": names, "row_length": row_length, "dtype": dtype, "accelerator": accelerator}
+    named["mixed_precision"] = dtype == "float32"  # finetune's default
+    Console().print(*_planned(sizes.CONFIGURATIONS[model], available, named), sep="\n", highlight=False, soft_wrap=True)
+
+
+def _planned(configuration, available: int, named: dict):
+    """The table of `plan`, and the sentence that says what to do."""
+    from rich.table import Table
+
+    from gemma_lora import memory as sizes
+
+    headings = {"weights": "weights", "gradients": "grad.", "optimizer": "Adam", "activations": "activ."}
+    headings |= {"logits": "loss", "process": "process", "total": "total"}
+    table = Table(title=f"{configuration.name}: GB of a step with one row of {named['row_length']} tokens")
+    for heading in ("method", *headings.values(), "rows that fit"):
+        first = heading == "method"
+        table.add_column(heading, justify="left" if first else "right", no_wrap=first)
+    fits: dict[str, int] = {}
+    for method in sizes.METHODS:
+        for remat in (False, True):
+            one = sizes.plan(configuration, method, remat=remat, **named)
+            name = method + ("+remat" if remat else "")
+            rows = fits[name] = sizes.most_rows(configuration, available, method=method, remat=remat, **named)
+            # Constants of quantization and rounded copies are kept as long as the weights are.
+            parts = one.parts() | {"weights": one.weights + one.constants + one.copies, "total": one.total}
+            table.add_row(name, *(f"{parts[column] / 1e9:.2f}" for column in headings), str(rows or "–"))
+    return table, _advice(configuration, fits, available, named)
+
+
+def _advice(configuration, fits: dict[str, int], available: int, named: dict) -> str:
+    """What to do, given `{method: rows that fit}`."""
+    choice = next((name for name in ("lora", "lora+remat") if fits[name]), None)
+    name = configuration.name
+    if choice is None:
+        return f"LoRA of {name} does not fit {available / 1e9:g} GB. Try shorter rows, bfloat16, or a smaller model."
+    rows = min(2 ** (fits[choice].bit_length() - 1), 8)  # more rows make fewer steps of the same lines
+    source = "" if name == "gemma3_270m" else f"--model {name} "
+    flags = f"--rank {named['rank']} --rows {rows} --row-length {named['row_length']}"
+    if choice != "lora":
+        flags += " --remat"
+    return f"LoRA fits {available / 1e9:g} GB:\n  gemma-lora finetune {source}{flags}"
 
 
 def _load(model: str, adapter: Path | None):

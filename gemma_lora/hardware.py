@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import resource
@@ -55,3 +56,25 @@ def use_compilation_cache() -> None:
 
     if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
+
+
+@functools.cache
+def compiler_options() -> dict[str, str]:
+    """XLA's options for a training step: on a CPU, order the operations so that little is alive at once.
+
+    XLA's default there is to keep many operations ready to run side by side. On two cores that gains nothing, and a
+    step of Gemma 3 270M with 4 x 256 tokens holds 1.56 GB in place of 1.21.
+
+    Returns:
+        Options for `jax.jit`; empty on other devices, and where this XLA does not know the option.
+    """
+    import jax
+
+    options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+    if jax.default_backend() != "cpu":
+        return {}
+    try:
+        jax.jit(lambda x: x + 1, compiler_options=options).lower(0.0).compile()
+    except Exception:  # another version's XLA; which error it raises is not documented
+        return {}
+    return options

@@ -11,6 +11,7 @@ dropout masks, which are not here.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,7 +45,7 @@ class Configuration:
     head_size: int
     hidden: int
     vocabulary: int
-    positions: int = 0  # learned position embeddings, GPT's
+    positions: int = 0  # learned position embeddings: GPT's
 
     def matrices(self) -> dict[str, tuple[int, int]]:
         """A block's linear layers: `{name: (d_in, d_out)}`."""
@@ -63,8 +64,11 @@ class Configuration:
         return shapes
 
 
-def _gemma(family: str, name: str, *sizes: int) -> Configuration:
-    return Configuration(name, family, *sizes, 262_144 if family == "gemma3" else 256_000)
+def _gemma(
+    family: str, name: str, layers: int, width: int, heads: int, key_value_heads: int, head_size: int, hidden: int
+) -> Configuration:
+    vocabulary = 262_144 if family == "gemma3" else 256_000
+    return Configuration(name, family, layers, width, heads, key_value_heads, head_size, hidden, vocabulary)
 
 
 #: By KerasHub's preset names, and a model of GPT-3's shape (Brown et al. 2020, table 2.1). `configuration_of` reads
@@ -320,28 +324,40 @@ def _weight_bytes(c: Configuration, method: str, quantization: str, size: int) -
     return packed + embedding + size * (everything - linear - embedding), constants
 
 
-def fitting(configuration: Configuration, memory: int, accelerator: bool = False, **named: Any) -> list[Plan]:
-    """The plans of each method that fit into so many bytes, the most faithful first: full, LoRA, QLoRA.
-
-    Each method is tried with the settings given, and then with remat.
+def most_rows(configuration: Configuration, memory: int, **named: Any) -> int:
+    """The most rows a batch can have within so many bytes.
 
     Args:
         configuration: The model's shape.
         memory: Integer, bytes.
-        accelerator: See `plan`.
-        **named: More of `plan`'s arguments.
+        **named: `plan`'s other arguments, without `rows`.
 
     Returns:
-        A list of `Plan`, empty where nothing fits.
+        An integer; 0 where not even one row fits.
     """
-    found = []
-    for method in METHODS:
-        for remat in (False, True):
-            candidate = plan(configuration, method, remat=remat, accelerator=accelerator, **named)
-            if candidate.total <= memory:
-                found.append(candidate)
-                break
-    return found
+    one, two = (plan(configuration, rows=rows, **named).total for rows in (1, 2))
+    return 0 if one > memory else 1 + (memory - one) // (two - one)  # every part is linear in the rows
+
+
+def parse_bytes(text: str) -> int:
+    """Reads a size such as "16GB", "7.5 GiB" or "800 MB"; a bare number is in GB.
+
+    Returns:
+        Bytes: 10^9 a GB, 2^30 a GiB.
+
+    Raises:
+        ValueError: If the text is no size above zero.
+
+    Example:
+
+    >>> parse_bytes("16GB"), parse_bytes("1 GiB")
+    (16000000000, 1073741824)
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
+    if not match or float(match[1]) == 0:
+        raise ValueError(f"expected a size such as 16GB or 8GiB, got {text!r}")
+    power = "kmgt".index(match[2].lower() or "g") + 1
+    return round(float(match[1]) * (1024 if match[3] else 1000) ** power)
 
 
 def _integer(name: str, value: Any) -> None:

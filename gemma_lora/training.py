@@ -28,10 +28,11 @@ import keras  # noqa: E402
 from gemma_lora import checkpoint  # noqa: E402
 from gemma_lora import data as data_module  # noqa: E402
 from gemma_lora.files import GemmaLoraError, write_json_atomic, write_text_atomic  # noqa: E402
-from gemma_lora.hardware import memory_bytes, use_compilation_cache  # noqa: E402
+from gemma_lora.hardware import compiler_options, memory_bytes, use_compilation_cache  # noqa: E402
 from gemma_lora.lora import lora_layers  # noqa: E402
 from gemma_lora.loss import chunked_cross_entropy  # noqa: E402
 from gemma_lora.packing import Batch, pack  # noqa: E402
+from gemma_lora.remat import recomputed  # noqa: E402
 
 
 @keras.saving.register_keras_serializable(package="gemma_lora")
@@ -263,8 +264,7 @@ class FineTuner(keras.Model):
         x = backbone.token_embedding(wanted["token_ids"])
         x = x * keras.ops.cast(keras.ops.sqrt(backbone.hidden_dim), x.dtype)
         for block in backbone.transformer_layers:
-            # Of a block, only what goes in is kept for the backward pass.
-            x = jax.checkpoint(lambda x, block=block: block(x, padding_mask=wanted["padding_mask"]))(x)
+            x = recomputed(block, x, wanted["padding_mask"], self.rounded, training=training)
         return backbone.layer_norm(x)
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
@@ -384,6 +384,54 @@ class FineTuner(keras.Model):
             raise ValueError("FineTuner's loss is chunked_cross_entropy; leave `loss` out.")
         super().compile(optimizer=optimizer, loss=None, **kwargs)
 
+    def make_train_function(self, force=False):
+        """As Keras's, but weights that do not change stay where they are.
+
+        Keras gives all of them to each step (donates them) and takes them back. Those mapped from a file cannot be
+        given away, so XLA would copy them: a second model in memory.
+        """
+        if self._keras_compiles():
+            return super().make_train_function(force)
+        if self.train_function is not None and not force:
+            return
+
+        def step(trainable, frozen, optimizer, metrics, data):
+            logs, (trainable, after, optimizer, metrics) = self.train_step(
+                (trainable, frozen, optimizer, metrics), data
+            )
+            return logs, (trainable, _changed(frozen, after), optimizer, metrics)
+
+        compiled = jax.jit(step, donate_argnums=(0, 2, 3), compiler_options=compiler_options())
+
+        def train_step(state, data):
+            logs, (trainable, changed, optimizer, metrics) = compiled(*state, data)
+            return logs, (trainable, _with_changes(state[1], changed), optimizer, metrics)
+
+        self.train_function = self._make_function(train_step)
+
+    def make_test_function(self, force=False):
+        """As Keras's, but weights stay where they are: see `make_train_function`."""
+        if self._keras_compiles():
+            return super().make_test_function(force)
+        if self.test_function is not None and not force:
+            return
+
+        def step(trainable, frozen, metrics, data):
+            logs, (_, after, metrics) = self.test_step((trainable, frozen, metrics), data)
+            return logs, (_changed(frozen, after), metrics)
+
+        compiled = jax.jit(step, donate_argnums=2, compiler_options=compiler_options())
+
+        def test_step(state, data):
+            logs, (changed, metrics) = compiled(*state, data)
+            return logs, (state[0], _with_changes(state[1], changed), metrics)
+
+        self.test_function = self._make_function(test_step)
+
+    def _keras_compiles(self) -> bool:
+        """Whether steps are left to Keras: uncompiled ones, and those on several devices, whose shardings it knows."""
+        return self.run_eagerly or not self.jit_compile or keras.distribution.distribution() is not None
+
     def fit(
         self,
         x=None,
@@ -435,6 +483,15 @@ class FineTuner(keras.Model):
         if done == len(batches):
             return keras.callbacks.History()
         return super().fit(_Batches(batches[done:]), callbacks=callbacks, epochs=1, shuffle=False, **kwargs)
+
+
+def _changed(before: list, after: list) -> list:
+    """What a traced step made anew; None where it hands back what it was given."""
+    return [None if new is old else new for old, new in zip(before, after, strict=True)]
+
+
+def _with_changes(before: list, changed: list) -> list:
+    return [old if new is None else new for old, new in zip(before, changed, strict=True)]
 
 
 def _fitting_chunk(tokens: list[int]) -> int:

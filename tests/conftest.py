@@ -30,8 +30,8 @@ def tokenizer():
     return CharacterTokenizer()
 
 
-def tiny_gemma(generation: int = 3, seed: int = 0, vocabulary_size: int = 300):
-    """A random Gemma of two blocks; weights are large enough that every part matters."""
+def tiny_gemma(generation: int = 3, seed: int = 0, vocabulary_size: int = 300, layers: int = 2):
+    """A random Gemma of a few blocks; weights are large enough that every part matters."""
     import keras
     import numpy as np
 
@@ -40,7 +40,7 @@ def tiny_gemma(generation: int = 3, seed: int = 0, vocabulary_size: int = 300):
     hub = import_keras_hub()
     common = {
         "vocabulary_size": vocabulary_size,
-        "num_layers": 2,
+        "num_layers": layers,
         "num_query_heads": 4,
         "num_key_value_heads": 2,
         "hidden_dim": 16,

@@ -15,7 +15,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 #: design.md's table from top to bottom. Modules that it does not name stand where their imports put them.
 LAYERS = {
     "numbers": ["files", "calibration", "quantization", "nf4", "low_rank", "memory", "checkpoint"],
-    "layers": ["backend", "mixed_precision", "lora", "adapters", "bitnet", "transformer", "loss"],
+    "layers": ["backend", "mixed_precision", "remat", "lora", "adapters", "bitnet", "transformer", "loss"],
     "models": ["templates", "formats", "gguf", "peft", "qlora", "gemma", "data", "packing"],
     "work": ["hardware", "sharding", "generation", "training", "evaluation", "export"],
     "front": ["job", "pipeline", "cli"],

@@ -76,6 +76,16 @@ def stored_stderr(notebook: dict) -> Iterator[str]:
                 yield f"stored stderr or error: {''.join(texts(output))[:60]!r}"
 
 
+def stored_widget(notebook: dict) -> Iterator[str]:
+    """A page without a kernel shows a stored widget as an error, in place of the picture stored beside it."""
+    if "widgets" in notebook.get("metadata", {}):
+        yield "the metadata hold widgets: remove them"
+    for cell in code_cells(notebook):
+        for output in cell.get("outputs", []):
+            if "application/vnd.jupyter.widget-view+json" in output.get("data", {}):
+                yield f"a stored widget: remove it and leave its picture: {source(cell)[:60]!r}"
+
+
 def captured(notebook: dict) -> Iterator[str]:
     for cell in code_cells(notebook):
         if re.search(r"^\s*%%capture", source(cell), re.MULTILINE) or re.search(r"\bcapture_output\(", source(cell)):
@@ -135,6 +145,7 @@ ALONE: list[Callable[[dict], Iterator[str]]] = [
     not_executed,
     executed_out_of_order,
     stored_stderr,
+    stored_widget,
     captured,
     skipped,
     ignored_without_assert,
@@ -249,6 +260,8 @@ BAD = [
     (executed_out_of_order, notebook(code("x = 1", count=2), code("y = 1", count=1))),
     (executed_out_of_order, notebook(code("x = 1", count=7))),
     (stored_stderr, notebook(code("x", [stream("Warning\n", "stderr")]))),
+    (stored_widget, {**notebook(code("x")), "metadata": {"widgets": {}}}),
+    (stored_widget, notebook(code("x", [shown("application/vnd.jupyter.widget-view+json", {})]))),
     (stored_stderr, notebook(code("x", [{"output_type": "error", "traceback": ["ValueError"]}]))),
     (captured, notebook(code("%%capture\nprint(1)"))),
     (captured, notebook(code("# quiet\n%%capture out\nprint(1)"))),

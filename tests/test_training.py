@@ -54,6 +54,21 @@ def test_logged_loss_is_each_steps_own(gemma, tokenizer, dataset):
     np.testing.assert_allclose(logged, alone, rtol=1e-4)
 
 
+def test_frozen_weights_are_never_copied(gemma, tokenizer, dataset):
+    tuner = tuner_for(gemma, tokenizer)
+    tuner.compile_for(5)
+    batch = tuner.batches(dataset)[0]
+
+    def places():
+        return {v.path: v.value.unsafe_buffer_pointer() for v in gemma.non_trainable_variables}
+
+    before = places()
+    tuner.train_on_batch(*batch.as_keras())
+    tuner.test_on_batch(*batch.as_keras())
+    tuner.fit(dataset, verbose=0)
+    assert places() == before
+
+
 def test_optimizer_holds_nothing_for_frozen_weights(gemma, tokenizer):
     tuner = tuner_for(gemma, tokenizer)
     tuner.compile_for(5)

@@ -11,6 +11,7 @@ from gemma_lora.plots.numbers import (
     staircase,
     value_bars,
 )
+from gemma_lora.plots.sliders import explore
 from gemma_lora.plots.style import save_figure, show
 from gemma_lora.plots.training import (
     LiveLossCurve,
@@ -37,6 +38,7 @@ __all__ = [
     "error_against_rank",
     "error_against_size",
     "error_maps",
+    "explore",
     "histogram_with_ranges",
     "lines",
     "lora_diagram",

@@ -1,0 +1,54 @@
+"""A block whose activations are computed twice and kept not at all (rematerialization, gradient checkpointing)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from gemma_lora.backend import require_jax
+
+require_jax()
+
+import jax  # noqa: E402
+import keras  # noqa: E402
+
+
+def recomputed(block: keras.layers.Layer, x, padding_mask, others: Sequence[keras.Variable] = (), **named):
+    """`block(x, padding_mask=padding_mask)`, of which the backward pass keeps only what goes in.
+
+    `jax.checkpoint` asks for the same, but XLA on the CPU (jax 0.10.2) takes away the barriers it sets, finds the same
+    products in both passes, and keeps them all. Here the second pass also depends on the gradient that comes in, by a
+    term of zero, so that it can be neither shared with the first nor begun before it is needed.
+
+    Args:
+        block: A built Keras layer without dropout (it would differ from pass to pass).
+        x: Hidden states (B, T, D).
+        padding_mask: Integers (B, T): segment ids.
+        others: Variables that the block reads but does not own, such as rounded kernels.
+        **named: More arguments of the block, which are no arrays.
+
+    Returns:
+        Hidden states (B, T, D). Values and gradients are those of the plain call.
+
+    Reference:
+        Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost" (https://arxiv.org/abs/1604.06174), section 4.
+    """
+    trained = list(block.trainable_variables)
+    frozen = [*block.non_trainable_variables, *others]
+
+    def plain(trained_values, frozen_values, x, padding_mask):
+        mapping = [*zip(trained, trained_values, strict=True), *zip(frozen, frozen_values, strict=True)]
+        with keras.StatelessScope(state_mapping=mapping):
+            return block(x, padding_mask=padding_mask, **named)
+
+    function = jax.custom_vjp(plain)
+    function.defvjp(lambda *inputs: (plain(*inputs), inputs), lambda inputs, g: _backward(plain, inputs, g))
+    return function([v.value for v in trained], [v.value for v in frozen], x, padding_mask)
+
+
+def _backward(plain, inputs, gradient):
+    """Runs the block again and pulls the gradient through it; frozen weights and the mask have none."""
+    trained_values, frozen_values, x, padding_mask = inputs
+    zero = 0 * gradient[0, 0, 0].astype(x.dtype)  # no constant to XLA: 0 · infinity is not 0
+    _, pull = jax.vjp(lambda values, x: plain(values, frozen_values, x, padding_mask), trained_values, x + zero)
+    d_trained, d_x = pull(gradient)
+    return d_trained, None, d_x, None
