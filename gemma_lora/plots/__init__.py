@@ -10,6 +10,12 @@ from gemma_lora.plots.bitnet import (
     spread_against,
     ternary_zones,
 )
+from gemma_lora.plots.lora import (
+    against_rank,
+    energy_bands,
+    loss_against_rate,
+    stacked_memory,
+)
 from gemma_lora.plots.matrices import (
     break_even,
     error_against_rank,
@@ -65,6 +71,7 @@ __all__ = [
     "accuracy_against_bits",
     "adapted_block",
     "adapter_diagram",
+    "against_rank",
     "attention_maps",
     "attention_mask",
     "before_after",
@@ -74,6 +81,7 @@ __all__ = [
     "code_histograms",
     "curves_with_levels",
     "decisions",
+    "energy_bands",
     "error_against_rank",
     "error_against_size",
     "error_maps",
@@ -82,6 +90,7 @@ __all__ = [
     "integer_layer",
     "lines",
     "lora_diagram",
+    "loss_against_rate",
     "loss_curve",
     "memory_bars",
     "number_grids",
@@ -97,6 +106,7 @@ __all__ = [
     "show",
     "singular_values",
     "spread_against",
+    "stacked_memory",
     "staircase",
     "ternary_zones",
     "token_strips",

@@ -1,0 +1,221 @@
+"""How to choose LoRA's rank, its targets and its learning rate: short trainings of Gemma 3 270M on the expenses.
+
+Two questions, a group of runs each; every run sees the same training lines once, in rows of 256 tokens:
+
+  rank-…   rank 1, 4, 16, 64 on all linear layers and rank 4, 16 on query and value, alpha 32, one learning rate;
+           rank 16 with two more seeds
+  rate-…   rank 16 on all linear layers, and full fine-tuning of every weight, at several learning rates; shorter
+
+Measured on the first lines of `validation` and, for ranks, of `validation_unseen`, never on a test split: the loss of
+the answer's tokens, and teacher-forced exact match, the share of answers of which every token is the most probable one
+after the right tokens before it. Each run is a process of its own and is written to the JSON when it is done; runs that
+are there are not made again.
+
+    python benchmarks/rank_sweep.py                                  # what is missing: an hour on two cores
+    python benchmarks/rank_sweep.py --list                           # the names of the runs
+    python benchmarks/rank_sweep.py --only rank-16-all rank-4-qv     # these two
+    python benchmarks/rank_sweep.py --output other.json              # begin anew, somewhere else
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("KERAS_BACKEND", "jax")
+ROOT = Path(__file__).resolve().parent.parent
+ALPHA, ROW_LENGTH, RATE = 32, 256, 5e-4
+#: Training lines, and the lines of each validation split, by group.
+LINES, VALIDATION = {"rank": 320, "rate": 120}, {"rank": 150, "rate": 60}
+MOST_ANSWER_TOKENS = 224  # in a row of validation; checked
+
+
+def settings_of(group: str, rank: int | None = 16, targets: str | None = "all", rate: float = RATE, seed: int = 0):
+    """Settings of a run: LoRA with `targets` "all" or "qv", or, without a rank, full fine-tuning."""
+    method = "full" if rank is None else "lora"
+    named = {"rank": rank, "targets": targets, "rate": rate, "seed": seed}
+    return {"group": group, "method": method, **named, "lines": LINES[group]}
+
+
+RUNS = {f"rank-{rank}-all": settings_of("rank", rank) for rank in (16, 1, 4, 64)}
+RUNS |= {f"rank-{rank}-qv": settings_of("rank", rank, "qv") for rank in (4, 16)}
+RUNS |= {f"rate-lora-{rate:g}": settings_of("rate", rate=rate) for rate in (1.5e-4, 5e-4, 1.5e-3, 5e-3)}
+RUNS |= {f"rate-full-{rate:g}": settings_of("rate", None, None, rate) for rate in (1.5e-5, 5e-5, 1.5e-4, 5e-4)}
+RUNS |= {f"rank-16-all-seed-{seed}": settings_of("rank", seed=seed) for seed in (1, 2)}
+
+
+def train(model, dataset, settings: dict) -> dict:
+    """Fine-tunes a model in place, and says what it cost."""
+    import keras
+
+    import gemma_lora as gl
+
+    if settings["method"] == "lora":
+        targets = "all-linear" if settings["targets"] == "all" else ("query", "value")
+        gl.apply_lora(model, settings["rank"], ALPHA, targets, seed=1000 * settings["seed"])
+    named = {"learning_rate": settings["rate"], "row_length": ROW_LENGTH, "seed": settings["seed"]}
+    tuner = gl.FineTuner(model, mixed_precision=True, **named)
+
+    def tell(step, logs):
+        if step % 10 == 9:
+            print(f"  step {step + 1}: loss {tuner.log.rows[-1]['loss']:.3f}", file=sys.stderr, flush=True)
+
+    watch = keras.callbacks.LambdaCallback(on_train_batch_end=tell)
+    try:
+        tuner.fit(dataset, limit=settings["lines"], verbose=0, callbacks=[watch])
+    except gl.GemmaLoraError as error:  # a rate so high that the loss is no number
+        return {"failed": str(error)}
+    seconds = [row["seconds"] for row in tuner.log.rows]
+    return {
+        "trained_parameters": sum(int(v.value.size) for v in model.trainable_variables),
+        "steps": len(seconds),
+        "median_step_seconds": round(statistics.median(seconds), 3),
+        "training_seconds": round(statistics.median(seconds) * len(seconds), 1),  # without compiling
+        "losses": [round(row["loss"], 4) for row in tuner.log.rows],
+    }
+
+
+def answer_scorer(model):
+    """A compiled function `(token_ids, segment_ids, places, targets) -> (loss, right)` of one row's answer tokens."""
+    import jax
+    import jax.numpy as jnp
+    import keras
+
+    variables = model.backbone.variables
+    values = [v.value for v in variables]
+
+    @jax.jit
+    def score(values, token_ids, segment_ids, places, targets):
+        with keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True))):
+            hidden = model.backbone({"token_ids": token_ids, "padding_mask": segment_ids})  # (1, T, D)
+            table = model.backbone.token_embedding.embeddings.value  # (V, D)
+        logits = hidden[0, places] @ table.T  # (P, V)
+        losses = jax.nn.logsumexp(logits, axis=-1) - logits[jnp.arange(len(places)), targets]
+        return losses, jnp.argmax(logits, axis=-1) == targets
+
+    return lambda *row: score(values, *row)
+
+
+def evaluate(model, examples, template) -> dict:
+    """Mean loss of answer tokens (nats), and the share of answers whose every token is predicted right."""
+    import numpy as np
+
+    from gemma_lora import data, packing
+
+    encoded = data.encode(examples, model.preprocessor.tokenizer, template, ROW_LENGTH)
+    score, losses, whole = answer_scorer(model), [], []
+    for batch in packing.pack(encoded.tokens, encoded.loss_mask, 1, ROW_LENGTH):
+        (answer,) = np.nonzero(batch.weights[0])
+        if len(answer) > MOST_ANSWER_TOKENS:
+            raise ValueError(f"a row holds {len(answer)} answer tokens, more than {MOST_ANSWER_TOKENS}")
+        places = np.zeros(MOST_ANSWER_TOKENS, np.int32)
+        places[: len(answer)] = answer
+        row_losses, right = score(batch.token_ids, batch.segment_ids, places, batch.targets[0, places])
+        segments = batch.segment_ids[0, answer]
+        losses += np.asarray(row_losses)[: len(answer)].tolist()
+        whole += [bool(np.asarray(right)[: len(answer)][segments == s].all()) for s in np.unique(segments)]
+    return {"loss": round(float(np.mean(losses)), 5), "exact_match": sum(whole) / len(whole), "count": len(whole)}
+
+
+def spectra(model) -> dict:
+    """How the updates are made up: the energy that the k strongest directions hold, over all layers, k from 1."""
+    import numpy as np
+
+    from gemma_lora import lora, low_rank
+
+    energy = []
+    for layer in lora.lora_layers(model):
+        values = low_rank.spectrum_of_update(layer.lora_a, layer.lora_b, layer.scaling)
+        energy.append([low_rank.energy_captured(values, k) for k in range(1, len(values) + 1)])
+    quantiles = np.quantile(energy, [0.1, 0.5, 0.9], axis=0).round(4)
+    needed = [int(np.argmax(np.array(layer) >= 0.9)) + 1 for layer in energy]
+    return {
+        "energy_quantiles": dict(zip(("0.1", "0.5", "0.9"), quantiles.tolist(), strict=True)),
+        "directions_for_90_percent": needed,
+    }
+
+
+def adapter_bytes(model) -> int:
+    """Size of the adapter's safetensors file."""
+    import gemma_lora as gl
+
+    with tempfile.TemporaryDirectory() as folder:
+        gl.save_adapter(model, folder)
+        return (Path(folder) / "adapter_model.safetensors").stat().st_size
+
+
+def run_one(name: str) -> dict:
+    """One run in this process."""
+    import gemma_lora as gl
+    from gemma_lora import data, hardware
+
+    started, settings = time.perf_counter(), RUNS[name]
+    hardware.use_compilation_cache()
+    dataset = gl.load_dataset(ROOT / "data/expenses")
+    unseen = data.read_jsonl(ROOT / "data/expenses/validation_unseen.jsonl")
+    model = gl.load_gemma()
+    result = {**settings, **train(model, dataset, settings)}
+    if "failed" not in result:
+        splits = {"validation": dataset.validation[: VALIDATION[settings["group"]]]}
+        if settings["group"] == "rank":
+            splits["validation_unseen"] = unseen[: VALIDATION["rank"]]
+        result["scores"] = {split: evaluate(model, lines, dataset.template) for split, lines in splits.items()}
+        if settings["method"] == "lora":
+            result |= {"adapter_bytes": adapter_bytes(model), "spectra": spectra(model)}
+    result["peak_memory_bytes"] = hardware.peak_memory_bytes()
+    result["seconds"] = round(time.perf_counter() - started, 1)
+    return result
+
+
+def write(path: Path, runs: dict) -> None:
+    """Writes the runs that are there, in the order of `RUNS`, with the machine and the versions."""
+    from gemma_lora.files import write_json_atomic
+    from gemma_lora.hardware import machine
+    from gemma_lora.job import versions
+
+    settings = {"alpha": ALPHA, "row_length": ROW_LENGTH, "lines": LINES, "validation_lines": VALIDATION}
+    ordered = {name: runs[name] for name in RUNS if name in runs}
+    note = "Seconds were taken on a machine that other work shared; compare them as rough ratios only."
+    record = {"runs": ordered, "settings": settings, "note": note, "machine": machine(), "versions": versions()}
+    write_json_atomic(path, record)
+
+
+def main() -> int:
+    """Makes the runs that are missing, each in a process of its own, and writes the JSON after each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=RUNS, metavar="RUN", default=list(RUNS), help="these runs only")
+    parser.add_argument("--list", action="store_true", help="print the runs' names and stop")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/rank_sweep.json")
+    parser.add_argument("--one", choices=RUNS, help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if chosen.list:
+        print(*RUNS, sep="\n")
+        return 0
+    if chosen.one:
+        print("RESULT " + json.dumps(run_one(chosen.one)))
+        return 0
+    for name in chosen.only:
+        runs = json.loads(chosen.output.read_text())["runs"] if chosen.output.exists() else {}
+        if name in runs:
+            continue
+        print(name, file=sys.stderr, flush=True)
+        done = subprocess.run([sys.executable, __file__, "--one", name], stdout=subprocess.PIPE, text=True)
+        found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+        if not found:
+            print(f"{name} failed; what went wrong stands above.", file=sys.stderr)
+            return 1
+        runs[name] = json.loads(found[-1].removeprefix("RESULT "))
+        write(chosen.output, runs)
+        print(name, runs[name].get("scores", runs[name].get("failed")), f"{runs[name]['seconds']} s", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
