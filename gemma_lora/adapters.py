@@ -289,7 +289,7 @@ def load(model: keras.Model, path: str | os.PathLike) -> keras.Model:
         places = _places(model, after)
     except ValueError as error:
         raise GemmaLoraError(f"{path}: the adapters are for another model ({error})") from None
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for name, layer in places.items():
         width = _width(name, layer)
         sizes = ((width, bottleneck), (bottleneck,), (bottleneck, width), (width,))

@@ -67,7 +67,8 @@ def byte_transformer(
 
     A block adds attention and then an MLP to the residual stream: x + linear(attention(linear(x))), then
     x + linear(ReLU(linear(x))²). `linear` brings the norm along. One layer makes queries, keys and values; positions
-    are rotary. The byte embedding, times √width at the input as in Gemma, and the logits, which use it again, are plain.
+    are rotary. The byte embedding, times √width at the input as in Gemma, and the logits, which use it again, are
+    plain.
 
     Args:
         linear: Called as `linear(units, kernel_initializer=…, name=…)`, gives a layer (..., d_in) -> (..., units).

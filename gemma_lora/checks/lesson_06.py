@@ -212,7 +212,7 @@ def adapted_step(function: Callable) -> None:
     def no_inner_residual(x, kernel, scale, down_kernel, up_kernel):
         return x + _norm(_relu(x @ kernel @ down_kernel) @ up_kernel) * scale
 
-    slips = {
+    slips: dict[str, Callable] = {
         "the adapter stands behind the post-norm; it comes before": after_norm,
         "the adapter works on the stream, after the sum": after_sum,
         "the adapter reads x, beside the sub-layer; it reads the sub-layer's output": parallel,
