@@ -54,11 +54,21 @@ def _block_logits(chunk: _Chunk, embeddings, index, soft_cap):
     vocabulary = embeddings.shape[0]
     size = min(_BLOCK, vocabulary)
     start = jnp.minimum(index * size, vocabulary - size)  # the last block reaches back into the one before
-    block = jax.lax.dynamic_slice_in_dim(embeddings, start, size, axis=0)
+    block = _floats(jax.lax.dynamic_slice_in_dim(_bits(embeddings), start, size, axis=0))
     logits, slope = _capped(_dot(chunk.hidden, block, ((1,), (1,))), soft_cap)
     columns = start + jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
     counted = (columns != chunk.targets[:, None]) & (columns >= index * size)
     return jnp.where(counted, logits, -jnp.inf), slope, block, start
+
+
+def _bits(table):
+    """A bfloat16 table as the integers that hold it: to take rows, XLA on the CPU would widen it all to float32."""
+    return table if table.dtype != jnp.bfloat16 else jax.lax.bitcast_convert_type(table, jnp.uint16)
+
+
+def _floats(bits):
+    """Undoes `_bits`."""
+    return bits if bits.dtype != jnp.uint16 else jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
 
 
 def _blocks(embeddings) -> int:
@@ -76,7 +86,7 @@ def _chunk_loss(chunk: _Chunk, embeddings, soft_cap, with_gradient: bool, mixed:
         `(loss, d_hidden, log_normalizer)`: weights · negative log-likelihood, summed; (C, D) float32 or None; (C,).
     """
     factor = jnp.bfloat16 if mixed else jnp.float32
-    at_target = embeddings[chunk.targets]  # (C, D)
+    at_target = _floats(_bits(embeddings)[chunk.targets])  # (C, D)
     plain = jnp.sum(chunk.hidden.astype(jnp.float32) * at_target.astype(jnp.float32), axis=-1)
     target, target_slope = _capped(plain, soft_cap)  # (C,)
 
