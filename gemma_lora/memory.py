@@ -290,7 +290,7 @@ def plan(
     for name, number in (("rank", rank), ("rows", rows), ("row_length", row_length)):
         _integer(name, number)
     size, tokens = BYTES[dtype], rows * row_length
-    everything, linear = parameters(c), linear_parameters(c)
+    everything = parameters(c)
     trainable = everything if method == "full" else lora_parameters(c, rank, targets)
     weights, constants = _weight_bytes(c, method, quantization, size)
     adapter = 0 if method == "full" else BYTES["float32"] * trainable
@@ -303,13 +303,24 @@ def plan(
         trainable,
         weights=weights + adapter,
         constants=constants,
-        copies=BYTES["bfloat16"] * (linear + c.vocabulary * c.width) if mixed_precision and method == "lora" else 0,
+        copies=_copied_bytes(c, targets, accelerator) if mixed_precision and method == "lora" else 0,
         gradients=(size if method == "full" else BYTES["float32"]) * trainable,
         optimizer=MOMENTS * BYTES["float32"] * trainable,
         activations=size * floats * tokens,
         logits=logits * tokens,
         process=0 if accelerator else PROCESS_BYTES,
     )
+
+
+def _copied_bytes(c: Configuration, targets: str | Sequence[str], accelerator: bool) -> int:
+    """What mixed precision holds beside the weights: kernels beside LoRA and the embedding in bfloat16.
+
+    On a CPU, XLA (jax 0.10.2) widens the kernels again in the backward pass, all of them at once.
+    """
+    shapes = c.matrices()
+    kernels = c.layers * sum(shapes[name][0] * shapes[name][1] for name in target_names(c, targets))
+    widened = 0 if accelerator else BYTES["float32"] * kernels
+    return BYTES["bfloat16"] * (kernels + c.vocabulary * c.width) + widened
 
 
 def _weight_bytes(c: Configuration, method: str, quantization: str, size: int) -> tuple[int, int]:
