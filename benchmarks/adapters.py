@@ -16,6 +16,7 @@ The JSON is written after every run, and a run that stands in it is not repeated
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 import itertools
 import json
@@ -51,40 +52,11 @@ def attach(model, method: str) -> None:
     apply(model, **settings, seed=SEED)
 
 
-def scorer(model):
-    """A function of examples and their template that scores a model: `{"loss", "exact_match", "lines"}`."""
-    import jax
-    import jax.numpy as jnp
-    import keras
-    import numpy as np
+def scores(model, examples, template) -> dict[str, float]:
+    """Loss and teacher-forced exact match of a model on some lines."""
+    from gemma_lora import evaluation
 
-    from gemma_lora import data, packing
-
-    variables = model.backbone.variables
-
-    @jax.jit
-    def row_result(values, x, targets):
-        with keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True))):
-            hidden = model.backbone(x)[0]  # (T, D)
-            logits = hidden @ model.backbone.token_embedding.embeddings.value.T  # (T, V)
-        chosen = jnp.take_along_axis(logits, targets[0][:, None], axis=1)[:, 0]
-        return jax.nn.logsumexp(logits, axis=1) - chosen, logits.argmax(axis=1) == targets[0]
-
-    def scores(examples, template):
-        encoded = data.encode(examples, model.preprocessor.tokenizer, template, ROW_LENGTH)
-        values = [v.value for v in variables]
-        losses, right = [], []
-        for batch in packing.pack(encoded.tokens, encoded.loss_mask, 1, ROW_LENGTH, SEED):
-            x, targets, weights = batch.as_keras()
-            loss, hit = map(np.asarray, row_result(values, x, targets))
-            carries = weights[0] > 0
-            losses.append(loss[carries])
-            ids = batch.segment_ids[0]
-            right += [bool(hit[carries & (ids == i)].all()) for i in range(1, ids.max() + 1)]
-        loss = float(np.concatenate(losses).mean())
-        return {"loss": round(loss, 4), "exact_match": round(float(np.mean(right)), 4), "lines": len(right)}
-
-    return scores
+    return dataclasses.asdict(evaluation.teacher_forced(model, examples, template, ROW_LENGTH))
 
 
 def run(model, dataset, method: str, rate: float, lines: int, best: float) -> dict[str, Any]:
@@ -101,7 +73,6 @@ def run(model, dataset, method: str, rate: float, lines: int, best: float) -> di
     watch = keras.callbacks.LambdaCallback(on_train_batch_end=lambda step, logs: clock.append(time.process_time()))
     tuner.fit(dataset, limit=lines, verbose=0, callbacks=[watch])
     seconds = [row["seconds"] for row in tuner.log.rows][1:]  # the first step compiles
-    scores = scorer(model)
     result = {
         "method": method,
         "rate": rate,
@@ -111,12 +82,12 @@ def run(model, dataset, method: str, rate: float, lines: int, best: float) -> di
         # of all threads together: it hardly changes when other programs share the processor
         "median_step_cpu_seconds": round(statistics.median(b - a for a, b in itertools.pairwise(clock)), 3),
         "training_loss": [round(row["loss"], 4) for row in tuner.log.rows],
-        "choosing": scores(dataset.validation[:CHOOSING], dataset.template),
+        "choosing": scores(model, dataset.validation[:CHOOSING], dataset.template),
     }
     if result["choosing"]["loss"] < best:
         unseen = data.read_jsonl(ROOT / "data/expenses/validation_unseen.jsonl")
         for split, examples in {"validation": dataset.validation, "validation_unseen": unseen}.items():
-            result[split] = scores(examples[:SCORED], dataset.template)
+            result[split] = scores(model, examples[:SCORED], dataset.template)
     del tuner
     jax.clear_caches()
     gc.collect()

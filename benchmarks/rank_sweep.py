@@ -21,6 +21,7 @@ that are there are not made again.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import statistics
@@ -36,7 +37,6 @@ ALPHA, ROW_LENGTH, RATE = 32, 256, 5e-4
 #: Training lines, and the lines of each validation split, by group.
 LINES = {"rank": 160, "rate": 80, "long": 320}
 VALIDATION = {"rank": 60, "rate": 48, "long": 150}
-MOST_ANSWER_TOKENS = 224  # in a row of validation; checked
 
 
 def settings_of(group: str, rank: int | None = 16, targets: str | None = "all", rate: float = RATE, seed: int = 0):
@@ -85,48 +85,6 @@ def train(model, dataset, settings: dict) -> dict:
     }
 
 
-def answer_scorer(model):
-    """A compiled function `(token_ids, segment_ids, places, targets) -> (loss, right)` of one row's answer tokens."""
-    import jax
-    import jax.numpy as jnp
-    import keras
-
-    variables = model.backbone.variables
-    values = [v.value for v in variables]
-
-    @jax.jit
-    def score(values, token_ids, segment_ids, places, targets):
-        with keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True))):
-            hidden = model.backbone({"token_ids": token_ids, "padding_mask": segment_ids})  # (1, T, D)
-            table = model.backbone.token_embedding.embeddings.value  # (V, D)
-        logits = hidden[0, places] @ table.T  # (P, V)
-        losses = jax.nn.logsumexp(logits, axis=-1) - logits[jnp.arange(len(places)), targets]
-        return losses, jnp.argmax(logits, axis=-1) == targets
-
-    return lambda *row: score(values, *row)
-
-
-def evaluate(model, examples, template) -> dict:
-    """Mean loss of answer tokens (nats), and the share of answers whose every token is predicted right."""
-    import numpy as np
-
-    from gemma_lora import data, packing
-
-    encoded = data.encode(examples, model.preprocessor.tokenizer, template, ROW_LENGTH)
-    score, losses, whole = answer_scorer(model), [], []
-    for batch in packing.pack(encoded.tokens, encoded.loss_mask, 1, ROW_LENGTH):
-        (answer,) = np.nonzero(batch.weights[0])
-        if len(answer) > MOST_ANSWER_TOKENS:
-            raise ValueError(f"a row holds {len(answer)} answer tokens, more than {MOST_ANSWER_TOKENS}")
-        places = np.zeros(MOST_ANSWER_TOKENS, np.int32)
-        places[: len(answer)] = answer
-        row_losses, right = score(batch.token_ids, batch.segment_ids, places, batch.targets[0, places])
-        segments = batch.segment_ids[0, answer]
-        losses += np.asarray(row_losses)[: len(answer)].tolist()
-        whole += [bool(np.asarray(right)[: len(answer)][segments == s].all()) for s in np.unique(segments)]
-    return {"loss": round(float(np.mean(losses)), 5), "exact_match": sum(whole) / len(whole), "count": len(whole)}
-
-
 def spectra(model) -> dict:
     """How the updates are made up: the energy that the k strongest directions hold, over all layers, k from 1."""
     import numpy as np
@@ -157,7 +115,7 @@ def adapter_bytes(model) -> int:
 def run_one(name: str) -> dict:
     """One run in this process."""
     import gemma_lora as gl
-    from gemma_lora import data, hardware
+    from gemma_lora import data, evaluation, hardware
 
     started, settings = time.perf_counter(), RUNS[name]
     hardware.use_compilation_cache()
@@ -169,7 +127,9 @@ def run_one(name: str) -> dict:
         splits = {"validation": dataset.validation[: VALIDATION[settings["group"]]]}
         if settings["group"] != "rate":
             splits["validation_unseen"] = unseen[: VALIDATION[settings["group"]]]
-        result["scores"] = {split: evaluate(model, lines, dataset.template) for split, lines in splits.items()}
+        for split, lines in splits.items():
+            scores = evaluation.teacher_forced(model, lines, dataset.template, ROW_LENGTH)
+            result.setdefault("scores", {})[split] = dataclasses.asdict(scores)
         if settings["method"] == "lora":
             result |= {"adapter_bytes": adapter_bytes(model), "spectra": spectra(model)}
     result["peak_memory_bytes"] = hardware.peak_memory_bytes()

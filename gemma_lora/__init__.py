@@ -30,6 +30,8 @@ _EXPORTS = {
     "exact_match": "evaluation",
     "evaluate": "evaluation",
     "perplexity": "evaluation",
+    "teacher_forced": "evaluation",
+    "apply_adapters": "adapters",
     "GemmaLoraError": "files",
 }
 

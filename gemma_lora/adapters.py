@@ -220,7 +220,7 @@ def apply_adapters(
 
 
 def adapter_layers(model: keras.layers.Layer) -> list[AdaptedLayer]:
-    """The model's layers that have an adapter behind them, in the model's order."""
+    """The model's layers that have an adapter behind them, in the order Keras walks through them."""
     return [layer for layer in model._flatten_layers() if isinstance(layer, AdaptedLayer)]
 
 

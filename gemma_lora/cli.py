@@ -152,7 +152,7 @@ def plan(
     rank: Annotated[int, typer.Option(min=1, help="Rank of the update.")] = 16,
     targets: Annotated[str, typer.Option(help="As of finetune.")] = "all-linear",
     row_length: Annotated[int, typer.Option(min=1, help="Tokens a row.")] = 384,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16: weights and activations.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16: weights and activations.")] = "float32",
     accelerator: Annotated[
         bool, typer.Option("--accelerator", help="Memory is a GPU's or TPU's: Python and its libraries are elsewhere.")
     ] = False,
@@ -203,15 +203,22 @@ def _planned(configuration, available: int, named: dict):
 def _advice(configuration, fits: dict[str, int], available: int, named: dict) -> str:
     """What to do, given `{method: rows that fit}`."""
     choice = next((name for name in ("lora", "lora+remat") if fits[name]), None)
-    name = configuration.name
+    name, size = configuration.name, f"{available / 1e9:g} GB"
     if choice is None:
-        return f"LoRA of {name} does not fit {available / 1e9:g} GB. Try shorter rows, bfloat16, or a smaller model."
+        return f"LoRA of {name} does not fit {size}. Try shorter rows, --dtype bfloat16, or a smaller model."
     rows = min(2 ** (fits[choice].bit_length() - 1), 8)  # more rows make fewer steps of the same lines
-    source = "" if name == "gemma3_270m" else f"--model {name} "
-    flags = f"--rank {named['rank']} --rows {rows} --row-length {named['row_length']}"
-    if choice != "lora":
-        flags += " --remat"
-    return f"LoRA fits {available / 1e9:g} GB:\n  gemma-lora finetune {source}{flags}"
+    if configuration.family == "gpt":
+        return f"LoRA fits {size}, with {rows} rows. This project trains Gemma only."
+    length, remat = named["row_length"], choice != "lora"
+    if named["dtype"] != "float32":  # finetune computes in float32 or mixed precision
+        code = f"FineTuner(model, rows={rows}, row_length={length}, remat={remat})"
+        return f'LoRA fits {size}. In Python: load_gemma("{name}", dtype="{named["dtype"]}") and {code}.'
+    flags = [f"--rank {named['rank']} --rows {rows} --row-length {length}"]
+    if name != "gemma3_270m":  # finetune's own
+        flags.insert(0, f"--model {name}")
+    if named["targets"] != "all-linear":
+        flags.append(f"--targets {','.join(named['targets'])}")
+    return f"LoRA fits {size}:\n  gemma-lora finetune {' '.join(flags)}{' --remat' if remat else ''}"
 
 
 def _load(model: str, adapter: Path | None):

@@ -145,10 +145,7 @@ class _Checkpoints(keras.callbacks.Callback):
         """What is on disk, for whoever has to know because training ended early."""
         if not self.saved_step:
             return f"{self.tuner.run_dir} holds no checkpoint yet."
-        return (
-            f"{self.tuner.run_dir} holds the checkpoint of step {self.saved_step} of {self.last_step}; "
-            "the same command or call goes on from there."
-        )
+        return f"{self.tuner.run_dir} holds the checkpoint of step {self.saved_step} of {self.last_step}."
 
     def on_train_batch_end(self, batch, logs=None):
         step = len(self.log.rows)
@@ -495,14 +492,12 @@ class FineTuner(keras.Model):
             return super().fit(_Batches(batches[done:]), callbacks=callbacks, epochs=1, shuffle=False, **kwargs)
         except KeyboardInterrupt:
             if self.run_dir:
-                print(f"\nStopped. {checkpoints.state()}")
+                print(f"\nStopped. {checkpoints.state()} The same command or call goes on from there.")
             raise
-        except GemmaLoraError as error:
-            raise GemmaLoraError(f"{error} {checkpoints.state()}" if self.run_dir else str(error)) from error
-        except OSError as error:  # a full disk, most often
-            if self.run_dir:
-                error.strerror = f"{error.strerror or error}. {checkpoints.state()} Path"
-            raise
+        except (GemmaLoraError, OSError) as error:  # no number any more; a full disk
+            if not self.run_dir:
+                raise
+            raise GemmaLoraError(f"{str(error).rstrip('.')}. {checkpoints.state()}") from error
 
 
 def _changed(before: list, after: list) -> list:

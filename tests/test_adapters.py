@@ -10,6 +10,7 @@ from gemma_lora.files import GemmaLoraError
 from gemma_lora.templates import Template
 from gemma_lora.training import FineTuner
 from tests.conftest import tiny_gemma
+from tests.test_checkpoint import StopAt
 
 X = {"token_ids": np.arange(12)[None] + 5, "padding_mask": np.ones((1, 12), "int32")}
 
@@ -352,25 +353,11 @@ def test_fine_tuner_trains_the_adapters_alone(gemma, tokenizer, more):
     assert all(np.any(np.asarray(v) != w) for v, w in zip(gemma.trainable_variables, start, strict=True))
 
 
-class Stop(Exception):
-    pass
-
-
-class StopAt(keras.callbacks.Callback):
-    def __init__(self, step):
-        super().__init__()
-        self.step = step
-
-    def on_train_batch_end(self, batch, logs=None):
-        if batch + 1 == self.step:
-            raise Stop
-
-
 def test_a_run_that_was_stopped_goes_on_to_the_same_weights(tmp_path, tokenizer):
     whole = tuner_for(tiny_gemma(), tokenizer)
     whole.fit(words(), verbose=0)
     stopped = tuner_for(tiny_gemma(), tokenizer, run_dir=tmp_path, checkpoint_seconds=0.0)
-    with pytest.raises(Stop):
+    with pytest.raises(KeyboardInterrupt):
         stopped.fit(words(), verbose=0, callbacks=[StopAt(3)])
     again = tuner_for(tiny_gemma(), tokenizer, run_dir=tmp_path, checkpoint_seconds=0.0)
     again.fit(words(), verbose=0)

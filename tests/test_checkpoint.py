@@ -164,7 +164,7 @@ def test_a_full_disk_says_which_checkpoint_there_is(tmp_path, monkeypatch):
         save(folder, state)
 
     monkeypatch.setattr(checkpoint, "save", full)
-    with pytest.raises(OSError, match="No space left on device. .* holds the checkpoint of step 1 of"):
+    with pytest.raises(GemmaLoraError, match="No space left on device.* holds the checkpoint of step 1 of"):
         train(tmp_path)
     assert checkpoint.load(tmp_path).step == 1
 

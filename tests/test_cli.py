@@ -271,6 +271,12 @@ def test_plan_says_what_fits_and_how_to_run_it(command):
 def test_plan_takes_remat_where_only_that_fits_and_says_so_where_nothing_does(command):
     status, text, _ = command("plan", "--model", "gemma3_270m", "--memory", "3.8GB")
     assert status == 0 and "finetune --rank 16" in text and "--remat" in text
+    more = ("--targets", "query,value", "--dtype", "float32")
+    status, text, _ = command("plan", "--model", "gemma3_1b", "--memory", "16GB", *more)
+    assert status == 0 and "--targets query,value" in text
+    more = ("--dtype", "bfloat16", "--accelerator")
+    _, text, _ = command("plan", "--model", "gemma3_4b_text", "--memory", "24GB", *more)
+    assert 'load_gemma("gemma3_4b_text", dtype="bfloat16")' in text and "gemma-lora finetune" not in text
     status, text, _ = command("plan", "--model", "gemma3_27b_text", "--memory", "8GB")
     assert status == 0 and "does not fit 8 GB" in text
 

@@ -1,9 +1,13 @@
 """Scores by hand, and perplexity against the loss written out."""
 
+import types
+
 import numpy as np
 import pytest
 
+import gemma_lora as gl
 from gemma_lora import evaluation
+from gemma_lora.evaluation import teacher_forced
 from gemma_lora.formats import Example
 from gemma_lora.templates import Template
 
@@ -69,3 +73,41 @@ def test_perplexity_is_the_exponential_of_the_mean(gemma, tokenizer):
 
 def test_english_text_is_there():
     assert 800 < len(evaluation.english_text().split()) < 1500
+
+
+# --- teacher-forced ----------------------------------------------------------------------------------------
+
+PLAIN = Template(prompt="{prompt}=", response="{response}")  # an answer without the token that ends it
+
+
+@pytest.fixture
+def model(gemma, tokenizer):
+    gemma.preprocessor = types.SimpleNamespace(tokenizer=tokenizer)
+    return gemma
+
+
+def test_what_the_model_would_write_itself_matches_and_one_other_character_does_not(model):
+    prompts = ["abc", "12 May", "x", "hello", "zz"]
+    answers = gl.generate(model, prompts, PLAIN, max_new_tokens=6)
+    own = [Example(p, a) for p, a in zip(prompts, answers, strict=True)]
+    assert teacher_forced(model, own, PLAIN).exact_match == 1
+    for place in (0, 3, 5):
+        other = [Example(e.prompt, e.response[:place] + "?" + e.response[place + 1 :]) for e in own]
+        assert all("?" not in answer for answer in answers)
+        scores = teacher_forced(model, other, PLAIN, row_length=20)
+        assert (scores.exact_match, scores.count) == (0, 5)
+    mixed = [*own[:2], *other[2:]]
+    assert teacher_forced(model, mixed, PLAIN).exact_match == pytest.approx(2 / 5)
+
+
+def test_the_loss_is_the_mean_over_answer_tokens_of_examples_alone(model, tokenizer):
+    examples = [Example("abc", "de"), Example("x", "yzwv"), Example("12", "3")]
+    losses = []
+    for example in examples:  # one row an example, all logits, no packing
+        ids = [tokenizer.token_to_id("<bos>"), *tokenizer.tokenize(example.prompt + "=" + example.response)]
+        x = {"token_ids": np.array([ids]), "padding_mask": np.ones((1, len(ids)), "int32")}
+        logits = model.backbone(x)[0] @ model.backbone.token_embedding.embeddings.value.T
+        probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+        first = len(ids) - len(example.response)
+        losses += [-np.log(probabilities[t - 1, ids[t]]) for t in range(first, len(ids))]
+    assert teacher_forced(model, examples, PLAIN).loss == pytest.approx(np.mean(losses), abs=2e-4)

@@ -98,20 +98,11 @@ def gradient_of_a(function: Callable) -> None:
         return scaling * np.einsum("ti,to,ro->ir", x, dy, lora_b)
 
     slips = {
-        "the scaling is forgotten": lambda x, dy, lora_b, scaling: right(x, dy, lora_b, 1.0),
-        "the scaling comes in twice": lambda x, dy, lora_b, scaling: right(x, dy, lora_b, scaling**2),
-        "it is divided by the scaling": lambda x, dy, lora_b, scaling: right(x, dy, lora_b, 1 / scaling),
-        "the gradient is transposed; it must have A's shape": lambda x, dy, lora_b, scaling: (
-            right(x, dy, lora_b, scaling).T
-        ),
         "B is missing: that is the kernel's gradient, xᵀ dy": lambda x, dy, lora_b, scaling: scaling * x.T @ dy,
         "x is missing: that is the gradient of x A": lambda x, dy, lora_b, scaling: scaling * dy @ lora_b.T,
-        "it is divided by the number of tokens; that is in dy already": lambda x, dy, lora_b, scaling: (
-            right(x, dy, lora_b, scaling) / len(x)
-        ),
-        "the sign is wrong; a gradient points uphill": lambda x, dy, lora_b, scaling: -right(x, dy, lora_b, scaling),
     }
-    verdict("gradient_of_a", function, _cases(("x", "dy", "lora_b"), scaling=_odd), right, slips)
+    cases = _cases(("x", "dy", "lora_b"), scaling=_odd)
+    verdict("gradient_of_a", function, cases, right, slips | _slips_of_a_gradient(right, "A"))
 
 
 def gradient_of_b(function: Callable) -> None:
@@ -120,20 +111,21 @@ def gradient_of_b(function: Callable) -> None:
     def right(x, dy, lora_a, scaling):
         return scaling * np.einsum("ti,ir,to->ro", x, lora_a, dy)
 
-    slips = {
-        "the scaling is forgotten": lambda x, dy, lora_a, scaling: right(x, dy, lora_a, 1.0),
-        "the scaling comes in twice": lambda x, dy, lora_a, scaling: right(x, dy, lora_a, scaling**2),
-        "it is divided by the scaling": lambda x, dy, lora_a, scaling: right(x, dy, lora_a, 1 / scaling),
-        "the gradient is transposed; it must have B's shape": lambda x, dy, lora_a, scaling: (
-            right(x, dy, lora_a, scaling).T
-        ),
-        "A is missing: that is the kernel's gradient, xᵀ dy": lambda x, dy, lora_a, scaling: scaling * x.T @ dy,
-        "it is divided by the number of tokens; that is in dy already": lambda x, dy, lora_a, scaling: (
-            right(x, dy, lora_a, scaling) / len(x)
-        ),
-        "the sign is wrong; a gradient points uphill": lambda x, dy, lora_a, scaling: -right(x, dy, lora_a, scaling),
+    slips = {"A is missing: that is the kernel's gradient, xᵀ dy": lambda x, dy, lora_a, scaling: scaling * x.T @ dy}
+    cases = _cases(("x", "dy", "lora_a"), scaling=_odd)
+    verdict("gradient_of_b", function, cases, right, slips | _slips_of_a_gradient(right, "B"))
+
+
+def _slips_of_a_gradient(right: Callable, factor: str) -> dict[str, Callable]:
+    """What goes wrong with A's gradient and with B's alike."""
+    return {
+        "the scaling is forgotten": lambda scaling, **rest: right(scaling=1.0, **rest),
+        "the scaling comes in twice": lambda scaling, **rest: right(scaling=scaling**2, **rest),
+        "it is divided by the scaling": lambda scaling, **rest: right(scaling=1 / scaling, **rest),
+        f"the gradient is transposed; it must have {factor}'s shape": lambda **case: right(**case).T,
+        "it is divided by the number of tokens; that is in dy already": lambda x, **rest: right(x=x, **rest) / len(x),
+        "the sign is wrong; a gradient points uphill": lambda **case: -right(**case),
     }
-    verdict("gradient_of_b", function, _cases(("x", "dy", "lora_a"), scaling=_odd), right, slips)
 
 
 def merge_rslora(function: Callable) -> None:
