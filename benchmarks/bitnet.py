@@ -2,14 +2,14 @@
 
 Three parts, all with `gemma_lora.byte_model` (2 blocks, windows of 64 bytes, 16 a step, Adam, warm-up and cosine):
 
-    rates     width 64, 300 steps, one seed: which peak learning rates suit which kind
-    widths    600 steps, one seed, four widths, each with half the best of these rates, that rate, and twice as much
+    rates     width 64, 200 steps, one seed: which peak learning rates suit which kind
+    widths    400 steps, one seed, four widths, each with half the best of these rates, that rate, and twice as much
     seeds     two more seeds of each kind and width, at the rate that was best there
 
 The validation topics choose; the test topics are only written down. The results are kept after each run, and a run
 that is there already is not repeated.
 
-    python benchmarks/bitnet.py                   # everything: about 25 minutes on two quiet cores
+    python benchmarks/bitnet.py                   # everything: about 20 minutes on two quiet cores
     python benchmarks/bitnet.py --minutes 5       # as much of it as five minutes hold; call it again to go on
     python benchmarks/bitnet.py --output /dev/shm/trial.json --parts rates
 """
@@ -42,24 +42,24 @@ def planned(part: str, runs: list[dict]) -> list[dict]:
     plan = []
     for kind in KINDS:
         if part == "rates":
-            settings = [(64, 300, 0, rate) for rate in RATES]
+            settings = [(64, 200, 0, rate) for rate in RATES]
         elif part == "widths":
             middle = best_rate(runs, "rates", kind, 64)
-            settings = [(width, 600, 0, middle * factor) for width in WIDTHS for factor in FACTORS]
+            settings = [(width, 400, 0, middle * factor) for width in WIDTHS for factor in FACTORS]
         else:
             chosen = {width: best_rate(runs, "widths", kind, width) for width in WIDTHS}
-            settings = [(width, 600, seed, chosen[width]) for width in WIDTHS for seed in MORE_SEEDS]
+            settings = [(width, 400, seed, chosen[width]) for width in WIDTHS for seed in MORE_SEEDS]
         names = ("width", "steps", "seed", "learning_rate")
         plan += [{"part": part, "kind": kind, **dict(zip(names, setting, strict=True))} for setting in settings]
     return sorted(plan, key=lambda run: run["width"])
 
 
 def chosen_rates(runs: list[dict]) -> dict[str, dict[str, float]]:
-    """Each kind's best rate: `{kind: {"64, 300 steps": rate, "16": rate, …}}`, as far as the runs go."""
+    """Each kind's best rate: `{kind: {"64, 200 steps": rate, "16": rate, …}}`, as far as the runs go."""
     found: dict[str, dict[str, float]] = {kind: {} for kind in KINDS}
     for run in runs:
         if run["part"] != "seeds":
-            key = "64, 300 steps" if run["part"] == "rates" else str(run["width"])
+            key = "64, 200 steps" if run["part"] == "rates" else str(run["width"])
             found[run["kind"]][key] = best_rate(runs, run["part"], run["kind"], run["width"])
     return found
 
