@@ -6,7 +6,7 @@ lines, of the validation split and of the one with unseen merchants. The test sp
 loss of a response's tokens and, teacher-forced, exact match: the share of lines whose every response token is the
 likeliest one after the right prefix.
 
-    python benchmarks/adapters.py                                    # all runs: about 30 minutes on two cores
+    python benchmarks/adapters.py                                    # all runs: about 25 minutes on two cores
     python benchmarks/adapters.py --methods adapters --rates 0.003   # one run
     python benchmarks/adapters.py --lines 20 --output trial.json     # a short trial
 
@@ -30,7 +30,7 @@ from typing import Any
 os.environ.setdefault("KERAS_BACKEND", "jax")
 ROOT = Path(__file__).resolve().parent.parent
 ROW_LENGTH, SEED = 256, 0
-CHOOSING, SCORED = 40, 100  # validation lines: to choose a rate by, and to score
+CHOOSING, SCORED = 40, 60  # validation lines: to choose a rate by, and to score
 POST_NORMS = ("post_attention_norm", "post_ffw_norm")
 #: 711,936 to 737,280 trained numbers each.
 METHODS: dict[str, dict[str, Any]] = {
@@ -99,7 +99,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--rates", nargs="+", type=float, default=[1e-3, 3e-3, 1e-2], help="peak learning rates")
-    parser.add_argument("--lines", type=int, default=180, help="training lines; 180 make about 60 steps")
+    parser.add_argument("--lines", type=int, default=80, help="training lines; 80 make about 27 steps")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/adapters.json")
     chosen = parser.parse_args()
     import gemma_lora as gl

@@ -11,7 +11,7 @@ of the answer's tokens, and teacher-forced exact match, the share of answers of 
 one after the right tokens before it. Each run is a process of its own and is written to the JSON when it is done; runs
 that are there are not made again.
 
-    python benchmarks/rank_sweep.py                                  # what is missing: about 40 minutes on two cores
+    python benchmarks/rank_sweep.py                                  # what is missing: about 75 minutes on two cores
     python benchmarks/rank_sweep.py --list                           # the names of the runs
     python benchmarks/rank_sweep.py --only rank-16-all rank-4-qv     # these two
     python benchmarks/rank_sweep.py --output other.json              # begin anew, somewhere else
@@ -48,7 +48,7 @@ def settings_of(group: str, rank: int | None = 16, targets: str | None = "all", 
 RUNS = {f"rank-{rank}-all": settings_of("rank", rank) for rank in (16, 1, 4, 64)}
 RUNS |= {f"rank-{rank}-qv": settings_of("rank", rank, "qv") for rank in (4, 16)}
 RUNS |= {f"rate-lora-{rate:g}": settings_of("rate", rate=rate) for rate in (1.5e-4, 5e-4, 1.5e-3, 5e-3)}
-RUNS |= {f"rate-full-{rate:g}": settings_of("rate", None, None, rate) for rate in (1.5e-5, 5e-5, 1.5e-4, 5e-4)}
+RUNS |= {f"rate-full-{rate:g}": settings_of("rate", None, None, rate) for rate in (5e-6, 1.5e-5, 5e-5, 1.5e-4, 5e-4)}
 RUNS |= {f"rank-16-all-seed-{seed}": settings_of("rank", seed=seed) for seed in (1, 2)}
 
 
