@@ -3,13 +3,13 @@
 Three parts, all with `gemma_lora.byte_model` (2 blocks, windows of 64 bytes, 16 a step, Adam, warm-up and cosine):
 
     rates     width 64, 200 steps, one seed: which peak learning rates suit which kind
-    widths    400 steps, one seed, four widths, each with half the best of these rates, that rate, and twice as much
+    widths    400 steps, one seed, three widths, each with half the best of these rates, that rate, and twice as much
     seeds     two more seeds of each kind and width, at the rate that was best there
 
 The validation topics choose; the test topics are only written down. The results are kept after each run, and a run
 that is there already is not repeated.
 
-    python benchmarks/bitnet.py                   # everything: about 20 minutes on two quiet cores
+    python benchmarks/bitnet.py                   # everything: about 10 minutes on two quiet cores
     python benchmarks/bitnet.py --minutes 5       # as much of it as five minutes hold; call it again to go on
     python benchmarks/bitnet.py --output /dev/shm/trial.json --parts rates
 """
@@ -27,7 +27,7 @@ os.environ.setdefault("KERAS_BACKEND", "jax")
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = ("twin", "bitnet")
 RATES = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
-WIDTHS, FACTORS, MORE_SEEDS = (16, 32, 64, 128), (1.0, 0.5, 2.0), (1, 2)
+WIDTHS, FACTORS, MORE_SEEDS = (16, 32, 64), (1.0, 0.5, 2.0), (1, 2)
 PARTS = ("rates", "widths", "seeds")
 
 
