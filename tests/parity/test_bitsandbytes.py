@@ -66,6 +66,9 @@ def test_decoded_numbers_are_bitsandbytes(double_quant):
     for name, x in matrices():
         packed, state = of_bitsandbytes(x, 64, double_quant)
         theirs = bnb.dequantize_4bit(packed, state).numpy()
-        ours = nf4.dequantize(nf4.quantize(x, 64, double_quant))
-        np.testing.assert_allclose(ours, theirs, atol=2e-3 * np.abs(x).max() if double_quant else 1e-6, err_msg=name)
+        tensor = nf4.quantize(x, 64, double_quant)
+        ours = nf4.dequantize(tensor)
+        # A scale that fell on the other side of a border is off by a step of the 8-bit type, at most 0.0142.
+        tolerance = 0.0142 * tensor.scale_scales.max() if double_quant else 1e-6
+        np.testing.assert_allclose(ours, theirs, atol=tolerance, err_msg=name)
         assert np.mean(np.abs(ours - theirs) <= 1e-6 * np.abs(x).max()) > 0.98, name
