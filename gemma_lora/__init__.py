@@ -13,6 +13,8 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "load_gemma": "gemma",
+    "quantize_base": "qlora",
+    "dequantize_base": "qlora",
     "apply_lora": "lora",
     "merge_lora": "lora",
     "unmerge_lora": "lora",

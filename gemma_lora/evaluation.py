@@ -23,6 +23,7 @@ from gemma_lora.files import GemmaLoraError  # noqa: E402
 from gemma_lora.generation import generate  # noqa: E402
 from gemma_lora.loss import chunked_cross_entropy  # noqa: E402
 from gemma_lora.packing import pack  # noqa: E402
+from gemma_lora.qlora import head_table  # noqa: E402
 
 
 def parse_object(text: str) -> dict[str, Any] | None:
@@ -246,7 +247,7 @@ def perplexity(model: keras.Model, text: str, window: int = 256) -> float:
             hidden = model.backbone({"token_ids": token_ids, "padding_mask": (weights > 0).astype("int32")})
             embedding = model.backbone.token_embedding
             return chunked_cross_entropy(
-                hidden, embedding.embeddings.value, targets, weights, soft_cap=embedding.logit_soft_cap
+                hidden, head_table(embedding), targets, weights, soft_cap=embedding.logit_soft_cap
             )
 
     values = [v.value for v in variables]

@@ -45,7 +45,12 @@ def import_keras_hub():
     return keras_hub
 
 
-def load_gemma(source: str | os.PathLike = BUILTIN_NAME, dtype: str = "float32"):
+def load_gemma(
+    source: str | os.PathLike = BUILTIN_NAME,
+    dtype: str = "float32",
+    quantization: str | None = None,
+    double_quant: bool = False,
+):
     """Loads a Gemma 1, 2 or 3 text model into KerasHub, ready to generate and to fine-tune.
 
     Args:
@@ -56,6 +61,10 @@ def load_gemma(source: str | os.PathLike = BUILTIN_NAME, dtype: str = "float32")
             - a KerasHub preset name (`"gemma2_2b_en"`), `hf://owner/name`, `kaggle://…`, or a folder saved
               with `save_to_preset`. The first three download and may need an account.
         dtype: `"float32"` or `"bfloat16"`, of weights and computations.
+        quantization: None, or what the frozen weights are packed into (`qlora.quantize_base`): `"nf4"`, `"int8"`,
+            `"int4"`, or `"gguf"`, which keeps a GGUF file's own blocks. From a GGUF file each layer is packed as it is
+            read, so the model is never whole in floats; a preset is loaded first.
+        double_quant: Boolean: NF4's scales in 8 bits too.
 
     Returns:
         A KerasHub `CausalLM` with `model.preprocessor` set. All weights are on the first device.
@@ -72,12 +81,25 @@ def load_gemma(source: str | os.PathLike = BUILTIN_NAME, dtype: str = "float32")
     """
     require_jax()
     text = os.path.expanduser(source)
+    if quantization is not None:
+        from gemma_lora.qlora import SCHEMES
+
+        if quantization not in (*SCHEMES, "gguf"):
+            raise ValueError(f"`quantization` must be one of {', '.join(SCHEMES)}, gguf. Received: {quantization!r}")
+    if double_quant and quantization != "nf4":
+        raise ValueError(f"`double_quant` goes with quantization='nf4' only. Received: {quantization!r}")
     if text == BUILTIN_NAME:
-        model = _from_gguf(builtin_gguf(), dtype)
+        model = _from_gguf(builtin_gguf(), dtype, quantization, double_quant)
     elif text.endswith(".gguf"):
-        model = _from_gguf(Path(text), dtype)
+        model = _from_gguf(Path(text), dtype, quantization, double_quant)
+    elif quantization == "gguf":
+        raise GemmaLoraError(f"{text}: quantization='gguf' keeps a GGUF file's blocks; give a .gguf file.")
     else:
         model = _from_preset(text, dtype)
+        if quantization is not None:
+            from gemma_lora.qlora import quantize_base
+
+            quantize_base(model, quantization, double_quant)
     enable_segments(model.backbone)
     return model
 
@@ -126,7 +148,7 @@ def _package_part(package: str) -> Path:
     raise GemmaLoraError(f"The package {package} holds no part of {BUILTIN_FILE}. {remedy}")
 
 
-def _from_gguf(path: Path, dtype: str):
+def _from_gguf(path: Path, dtype: str, quantization: str | None, double_quant: bool):
     """Builds a `Gemma3CausalLM` and fills it tensor by tensor."""
     from gemma_lora import gguf
 
@@ -135,7 +157,9 @@ def _from_gguf(path: Path, dtype: str):
     hub = import_keras_hub()
     with _cheap_initializers():
         backbone = hub.models.Gemma3Backbone(**config, dtype=dtype)
-    for variable, value in gguf.weights_for(index, backbone):
+    if quantization is not None:
+        _pack_from_gguf(index, backbone, quantization, double_quant)
+    for variable, value in gguf.weights_for(index, backbone, norms_only=quantization is not None):
         if tuple(variable.shape) != value.shape:
             raise GemmaLoraError(
                 f"{path}: {variable.path} needs shape {tuple(variable.shape)}, the file has {value.shape}. "
@@ -146,6 +170,27 @@ def _from_gguf(path: Path, dtype: str):
         tokenizer = hub.tokenizers.Gemma3Tokenizer(proto=index.tokenizer, has_vision_tokens=False)
     preprocessor = hub.models.Gemma3CausalLMPreprocessor(tokenizer, sequence_length=512)
     return hub.models.Gemma3CausalLM(preprocessor=preprocessor, backbone=backbone)
+
+
+def _pack_from_gguf(index, backbone, quantization: str, double_quant: bool) -> None:
+    """Packs the linear layers and the embedding one by one, as they are read."""
+    from gemma_lora import gguf, lora, packed, qlora
+
+    for parent, attribute, name in gguf.linear_tensors(index, backbone):
+        layer = getattr(parent, attribute)
+        if quantization != "gguf":
+            qlora.pack_layer(parent, attribute, layer, quantization, double_quant, matrix=gguf.read_tensor(index, name))
+            continue
+        kind, blocks = gguf.read_blocks(index, name)
+        if kind not in packed.GGUF_KINDS:
+            raise GemmaLoraError(
+                f"{index.path}: tensor {name} is of type {kind}; quantization='gguf' reads "
+                f"{', '.join(packed.GGUF_KINDS)}. Use 'int8' or 'nf4' with this file."
+            )
+        d_in, d_out = lora.matrix_shape(layer)
+        encoding = packed.GGUFBlocks((d_out, d_in), kind)
+        qlora.replace_by_packed(parent, attribute, layer, encoding, {"blocks": blocks})
+    qlora.pack_embedding(backbone.token_embedding, gguf.read_int8_rows(index, "token_embd.weight"))
 
 
 @contextlib.contextmanager

@@ -25,6 +25,8 @@ require_jax()
 import keras  # noqa: E402
 
 from gemma_lora.lora import lora_layers  # noqa: E402
+from gemma_lora.packed import Int8Rows  # noqa: E402
+from gemma_lora.qlora import head_table  # noqa: E402
 
 _PIECE = 16  # prompt tokens of a row that are read at a time
 _MIN_PREFIX = 32  # a shared beginning shorter than this is not worth its own pass
@@ -123,8 +125,8 @@ class _Engine:
         self.model = model
         self.backbone = model.backbone
         self.variables = list(self.backbone.variables)
-        self.adapted = lora_layers(self.backbone)
-        # With its update added, a layer costs one product a token instead of three.
+        # With its update added, a layer costs one product a token instead of three. Packed weights stay packed.
+        self.adapted = [layer for layer in lora_layers(self.backbone) if not layer.is_packed]
         whole = [layer.whole_matrix() for layer in self.adapted]
         self.values = ([v.value for v in self.variables], whole)
         self.prefill = jax.jit(self._prefill, donate_argnums=(2,))
@@ -201,7 +203,8 @@ class _Engine:
     def _logits(self, values, hidden):
         # Soft-capping (Gemma 2) is monotonic, so greedy decoding needs no logits but these.
         with self._scope(values):
-            return self.backbone.token_embedding.embeddings.value @ hidden.T  # (V, D) x (D, B) -> (V, B)
+            table = head_table(self.backbone.token_embedding)
+            return table.product(hidden) if isinstance(table, Int8Rows) else table @ hidden.T  # (V, B)
 
     def prefix_caches(self, prefix: np.ndarray) -> list:
         """Caches of one row, exactly as long as the prefix."""

@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 
 from gemma_lora.files import GemmaLoraError, atomic_path, sha256_of, write_json_atomic
+from gemma_lora.lora import matrix_shape
+from gemma_lora.packed import Int8Rows
 
 _INDEX_VERSION = 2
 _DECODED_AT_ONCE = 1 << 20  # weights
@@ -263,12 +265,67 @@ def backbone_config(index: Index) -> dict[str, Any]:
     }
 
 
-def weights_for(index: Index, backbone) -> Iterator[tuple[Any, np.ndarray]]:
-    """Yields `(variable, value)` for every variable of a `Gemma3Backbone`, one at a time."""
-    yield backbone.token_embedding._embeddings, read_tensor(index, "token_embd.weight")
+def weights_for(index: Index, backbone, norms_only: bool = False) -> Iterator[tuple[Any, np.ndarray]]:
+    """Yields `(variable, value)` for every variable of a `Gemma3Backbone`, or for its norms', one at a time."""
+    if not norms_only:
+        yield backbone.token_embedding._embeddings, read_tensor(index, "token_embd.weight")
     yield backbone.layer_norm.scale, _norm(index, "output_norm.weight")
     for number, block in enumerate(backbone.transformer_layers):
-        yield from _block_weights(index, f"blk.{number}", block)
+        yield from _norm_weights(index, f"blk.{number}", block)
+        if not norms_only:
+            yield from _kernel_weights(index, f"blk.{number}", block)
+
+
+#: A block's linear layers: the file's name -> the attributes that lead to KerasHub's layer.
+_LINEAR = {
+    "attn_q": ("attention", "query_dense"),
+    "attn_k": ("attention", "key_dense"),
+    "attn_v": ("attention", "value_dense"),
+    "attn_output": ("attention", "output_dense"),
+    "ffn_gate": ("gating_ffw",),
+    "ffn_up": ("gating_ffw_2",),
+    "ffn_down": ("ffw_linear",),
+}
+
+
+def linear_tensors(index: Index, backbone) -> Iterator[tuple[Any, str, str]]:
+    """Yields `(parent, attribute, tensor's name)` for every linear layer of the blocks; shapes are checked.
+
+    The file's matrix is `(d_out, d_in)`, with the heads one after the other.
+    """
+    for number, block in enumerate(backbone.transformer_layers):
+        for name, (*holders, attribute) in _LINEAR.items():
+            parent = getattr(block, holders[0]) if holders else block
+            tensor = f"blk.{number}.{name}.weight"
+            d_in, d_out = matrix_shape(getattr(parent, attribute))
+            _check_matrix(index, tensor, _tensor(index, tensor).shape, (d_out, d_in))
+            yield parent, attribute, tensor
+
+
+def read_blocks(index: Index, name: str) -> tuple[str, np.ndarray]:
+    """A matrix as the file holds it: ggml's name of its type, and its rows' bytes, (d_out, bytes) uint8."""
+    tensor = _tensor(index, name)
+    raw = np.fromfile(index.path, np.uint8, tensor.nbytes, offset=tensor.offset)
+    return tensor.kind, raw.reshape(tensor.shape[0], -1)
+
+
+def read_int8_rows(index: Index, name: str, rows_at_once: int = 8192) -> Int8Rows:
+    """A table in 8 bits, never whole in floats: Q8_0's own codes and scales, else one scale a row."""
+    import gguf
+
+    tensor = _tensor(index, name)
+    kind, raw = read_blocks(index, name)
+    rows, width = tensor.shape
+    if kind == "Q8_0":
+        blocks = raw.reshape(rows, -1, 34)
+        scales = np.ascontiguousarray(blocks[..., :2]).view(np.float16)[..., 0]  # (V, D / 32)
+        return Int8Rows(np.ascontiguousarray(blocks[..., 2:]).view(np.int8).reshape(rows, width), scales)
+    codes, scales = np.empty((rows, width), np.int8), np.empty((rows, 1), np.float32)
+    for start in range(0, rows, rows_at_once):
+        here = slice(start, start + rows_at_once)
+        part = Int8Rows.of(gguf.dequantize(raw[here], gguf.GGMLQuantizationType[kind]))
+        codes[here], scales[here] = part.codes, part.scales
+    return Int8Rows(codes, scales)
 
 
 def _norm(index: Index, name: str) -> np.ndarray:
@@ -276,7 +333,7 @@ def _norm(index: Index, name: str) -> np.ndarray:
     return read_tensor(index, name) - 1.0
 
 
-def _block_weights(index: Index, prefix: str, block) -> Iterator[tuple[Any, np.ndarray]]:
+def _norm_weights(index: Index, prefix: str, block) -> Iterator[tuple[Any, np.ndarray]]:
     attention = block.attention
     norms = {
         "attn_norm": block.pre_attention_norm,
@@ -288,23 +345,27 @@ def _block_weights(index: Index, prefix: str, block) -> Iterator[tuple[Any, np.n
     for name, layer in norms.items():
         yield layer.scale, _norm(index, f"{prefix}.{name}.weight")
     yield attention.query_norm.scale, _query_norm(index, f"{prefix}.attn_q_norm.weight", block)
+
+
+def _kernel_weights(index: Index, prefix: str, block) -> Iterator[tuple[Any, np.ndarray]]:
+    attention = block.attention
     for name, layer in {"q": attention.query_dense, "k": attention.key_dense, "v": attention.value_dense}.items():
         kernel = read_tensor(index, f"{prefix}.attn_{name}.weight")  # (heads * H, D)
         heads, width, size = layer._kernel.shape
-        _check_matrix(index, f"{prefix}.attn_{name}.weight", kernel, (heads * size, width))
+        _check_matrix(index, f"{prefix}.attn_{name}.weight", kernel.shape, (heads * size, width))
         yield layer._kernel, kernel.reshape(heads, size, width).transpose(0, 2, 1)  # (heads, D, H)
     output = read_tensor(index, f"{prefix}.attn_output.weight")  # (D, heads * H)
     heads, size, width = attention.output_dense._kernel.shape
-    _check_matrix(index, f"{prefix}.attn_output.weight", output, (width, heads * size))
+    _check_matrix(index, f"{prefix}.attn_output.weight", output.shape, (width, heads * size))
     yield attention.output_dense._kernel, output.T.reshape(attention.output_dense._kernel.shape)  # (heads, H, D)
     for name, layer in {"gate": block.gating_ffw, "up": block.gating_ffw_2, "down": block.ffw_linear}.items():
         yield layer._kernel, read_tensor(index, f"{prefix}.ffn_{name}.weight").T  # (d_out, d_in) -> (d_in, d_out)
 
 
-def _check_matrix(index: Index, name: str, value: np.ndarray, shape: tuple[int, int]) -> None:
-    if value.shape != shape:
+def _check_matrix(index: Index, name: str, found: tuple[int, ...], shape: tuple[int, int]) -> None:
+    if found != shape:
         raise GemmaLoraError(
-            f"{index.path}: tensor {name} has shape {value.shape}, the header's heads need {shape}. Convert it again."
+            f"{index.path}: tensor {name} has shape {found}, the header's heads need {shape}. Convert it again."
         )
 
 

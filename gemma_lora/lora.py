@@ -67,6 +67,38 @@ def einsum_axes(equation: str) -> tuple[str, str, str, str]:
     return batch, contracted, new, kernel
 
 
+def matrix_of(equation: str, kernel):
+    """An `EinsumDense` kernel as stored, as the `(d_in, d_out)` matrix it is."""
+    _, contracted, new, letters = einsum_axes(equation)
+    sizes = dict(zip(letters, kernel.shape, strict=True))
+    order = [letters.index(a) for a in contracted + new]
+    d_in = math.prod(sizes[a] for a in contracted)
+    return ops.reshape(ops.transpose(kernel, order), (d_in, -1))
+
+
+def kernel_of(equation: str, matrix, shape: Sequence[int]):
+    """A `(d_in, d_out)` matrix as an `EinsumDense` kernel of this shape; the inverse of `matrix_of`."""
+    _, contracted, new, letters = einsum_axes(equation)
+    sizes = dict(zip(letters, shape, strict=True))
+    split = ops.reshape(matrix, [sizes[a] for a in contracted + new])  # (d_in, d_out) -> one axis a letter
+    return ops.transpose(split, [(contracted + new).index(a) for a in letters])
+
+
+def kernel_shape(layer: keras.layers.Layer) -> tuple[int, ...]:
+    """The shape of a linear layer's kernel as stored; packed layers (`qlora.py`) hold no kernel and say it."""
+    return tuple(getattr(layer, "kernel_shape", None) or layer._kernel.shape)
+
+
+def matrix_shape(layer: keras.layers.Layer) -> tuple[int, int]:
+    """`(d_in, d_out)` of the kernel of a `Dense` or `EinsumDense` layer."""
+    shape = kernel_shape(layer)
+    if isinstance(layer, keras.layers.Dense):
+        return shape[0], shape[1]
+    _, contracted, new, letters = einsum_axes(layer.equation)
+    sizes = dict(zip(letters, shape, strict=True))
+    return math.prod(sizes[a] for a in contracted), math.prod(sizes[a] for a in new)
+
+
 class _LoRALayer(keras.layers.Layer):
     """What `LoRADense` and `LoRAEinsumDense` share: A, B, the scaling, merge and unmerge.
 
@@ -112,6 +144,11 @@ class _LoRALayer(keras.layers.Layer):
         self.built = True
 
     @property
+    def is_packed(self) -> bool:
+        """Whether the base holds its weights in few bits (`qlora.py`): nothing can be added to them."""
+        return hasattr(self.base, "encoding")
+
+    @property
     def scaling(self) -> float:
         """alpha / rank, or alpha / sqrt(rank) with rsLoRA (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732)."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
@@ -130,7 +167,7 @@ class _LoRALayer(keras.layers.Layer):
 
     def matrix_shape(self) -> tuple[int, int]:
         """`(d_in, d_out)` of the kernel seen as a matrix."""
-        raise NotImplementedError
+        return matrix_shape(self.base)
 
     def to_kernel(self, matrix):
         """Brings a `(d_in, d_out)` matrix to the shape the kernel is stored in."""
@@ -185,6 +222,11 @@ class _LoRALayer(keras.layers.Layer):
 
     def merge(self) -> None:
         """Adds the update to the base kernel; the layer then costs what the base costs."""
+        if self.is_packed:
+            raise GemmaLoraError(
+                f"Layer {self.name!r} holds its weights in few bits, which an update cannot be added to. "
+                "Keep the adapter apart, or call `dequantize_base(model)` first."
+            )
         if not self.merged:
             self._shift_kernel(+1.0)
             self.merged = True
@@ -253,9 +295,6 @@ class LoRADense(_LoRALayer):
         self.activation = base.activation
         base.activation = keras.activations.linear
 
-    def matrix_shape(self):
-        return tuple(self.base._kernel.shape)
-
     def to_kernel(self, matrix):
         return matrix
 
@@ -302,24 +341,13 @@ class LoRAEinsumDense(_LoRALayer):
         super().__init__(base, rank, **kwargs)
 
     def _sizes(self) -> dict[str, int]:
-        return dict(zip(self._axes[3], self.base._kernel.shape, strict=True))
-
-    def matrix_shape(self):
-        sizes = self._sizes()
-        _, contracted, new, _ = self._axes
-        return math.prod(sizes[a] for a in contracted), math.prod(sizes[a] for a in new)
+        return dict(zip(self._axes[3], kernel_shape(self.base), strict=True))
 
     def to_kernel(self, matrix):
-        sizes = self._sizes()
-        _, contracted, new, kernel = self._axes
-        split = ops.reshape(matrix, [sizes[a] for a in contracted + new])  # (d_in, d_out) -> one axis a letter
-        return ops.transpose(split, [(contracted + new).index(a) for a in kernel])
+        return kernel_of(self.base.equation, matrix, kernel_shape(self.base))
 
     def to_matrix(self, kernel):
-        """Brings a kernel as stored to `(d_in, d_out)`; the inverse of `to_kernel`."""
-        _, contracted, new, letters = self._axes
-        order = [letters.index(a) for a in contracted + new]
-        return ops.reshape(ops.transpose(kernel, order), self.matrix_shape())
+        return matrix_of(self.base.equation, kernel)
 
     def _output_axes(self):
         sizes = self._sizes()

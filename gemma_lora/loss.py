@@ -18,6 +18,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from gemma_lora.packed import Int8Rows
+
 #: In mixed precision: the share of each token's softmax up to which a block adds nothing to the gradient.
 NEGLIGIBLE = 2.0**-16
 _BLOCK = 1024  # vocabulary entries whose logits exist together: fastest on two cores of 1,024 to 32,768
@@ -54,11 +56,23 @@ def _block_logits(chunk: _Chunk, embeddings, index, soft_cap):
     vocabulary = embeddings.shape[0]
     size = min(_BLOCK, vocabulary)
     start = jnp.minimum(index * size, vocabulary - size)  # the last block reaches back into the one before
-    block = _floats(jax.lax.dynamic_slice_in_dim(_bits(embeddings), start, size, axis=0))
+    block = _rows(embeddings, start, size, chunk.hidden.dtype)
     logits, slope = _capped(_dot(chunk.hidden, block, ((1,), (1,))), soft_cap)
     columns = start + jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
     counted = (columns != chunk.targets[:, None]) & (columns >= index * size)
     return jnp.where(counted, logits, -jnp.inf), slope, block, start
+
+
+def _rows(table, start, size: int, dtype):
+    """Rows start … start + size of the table: as they are, or decoded to `dtype` where they are packed."""
+    if isinstance(table, Int8Rows):
+        return table.slice(start, size).decode(dtype)
+    return _floats(jax.lax.dynamic_slice_in_dim(_bits(table), start, size, axis=0))
+
+
+def _rows_of(table, ids):
+    """The rows of these tokens, (C, D)."""
+    return table.take(ids).decode() if isinstance(table, Int8Rows) else _floats(_bits(table)[ids])
 
 
 def _bits(table):
@@ -86,7 +100,7 @@ def _chunk_loss(chunk: _Chunk, embeddings, soft_cap, with_gradient: bool, mixed:
         `(loss, d_hidden, log_normalizer)`: weights · negative log-likelihood, summed; (C, D) float32 or None; (C,).
     """
     factor = jnp.bfloat16 if mixed else jnp.float32
-    at_target = _floats(_bits(embeddings)[chunk.targets])  # (C, D)
+    at_target = _rows_of(embeddings, chunk.targets)  # (C, D)
     plain = jnp.sum(chunk.hidden.astype(jnp.float32) * at_target.astype(jnp.float32), axis=-1)
     target, target_slope = _capped(plain, soft_cap)  # (C,)
 
@@ -194,7 +208,10 @@ def _summed_loss(hidden, embeddings, targets, weights, chunk_size, soft_cap, tra
 
 
 def _factors(hidden, embeddings, mixed: bool):
-    return (hidden.astype(jnp.bfloat16), embeddings.astype(jnp.bfloat16)) if mixed else (hidden, embeddings)
+    if not mixed:
+        return hidden, embeddings
+    packed = isinstance(embeddings, Int8Rows)  # a block is rounded when it is decoded
+    return hidden.astype(jnp.bfloat16), embeddings if packed else embeddings.astype(jnp.bfloat16)
 
 
 def _forward(hidden, embeddings, targets, weights, chunk_size, soft_cap, train_embeddings, mixed):
@@ -211,7 +228,7 @@ def _backward(chunk_size, soft_cap, train_embeddings, mixed, residuals, cotangen
     if train_embeddings:
         return d_hidden, cotangent * grad_embeddings, None, None
     # Frozen: XLA drops these zeros, nobody reads them.
-    return d_hidden, jnp.zeros_like(embeddings), None, None
+    return d_hidden, None if isinstance(embeddings, Int8Rows) else jnp.zeros_like(embeddings), None, None
 
 
 _summed_loss.defvjp(_forward, _backward)
@@ -219,7 +236,7 @@ _summed_loss.defvjp(_forward, _backward)
 
 def chunked_cross_entropy(
     hidden: jax.Array,
-    embeddings: jax.Array,
+    embeddings: jax.Array | Int8Rows,
     targets: jax.Array,
     weights: jax.Array,
     chunk_size: int = 64,
@@ -237,7 +254,7 @@ def chunked_cross_entropy(
 
     Args:
         hidden: (..., D), the backbone's output, any float dtype.
-        embeddings: (V, D), the tied embedding matrix.
+        embeddings: (V, D), the tied embedding matrix; or `packed.Int8Rows`, of which 1,024 rows are decoded at a time.
         targets: (...) integers in [0, V): the token to be predicted at each position.
         weights: (...) floats, 0 where a position carries no loss.
         chunk_size: Integer, tokens whose logits are formed together.
@@ -268,7 +285,11 @@ def chunked_cross_entropy(
     values. Leaving out blocks is the first paper's gradient filter, which drops what is below 2^-12. Keeping
     the target apart is ours.
     """
-    hidden, embeddings, targets, weights = map(jnp.asarray, (hidden, embeddings, targets, weights))
+    hidden, targets, weights = map(jnp.asarray, (hidden, targets, weights))
+    if not isinstance(embeddings, Int8Rows):
+        embeddings = jnp.asarray(embeddings)
+    elif train_embeddings:
+        raise ValueError("Packed embeddings cannot be trained. Received: train_embeddings=True")
     if chunk_size < 1:
         raise ValueError(f"`chunk_size` must be at least 1. Received: chunk_size={chunk_size!r}")
     if hidden.shape[:-1] != targets.shape or targets.shape != weights.shape:

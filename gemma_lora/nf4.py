@@ -64,7 +64,7 @@ def dynamic_code() -> np.ndarray:
     more fractions: 2^i of them at exponent i − 6, the centres of equal intervals. With 0 and 1 that makes 256.
 
     Returns:
-        A float32 array of shape `(256,)`, ascending.
+        A float32 array of shape `(256,)`, ascending; bitsandbytes' to float32's last bit, which is torch's rounding.
 
     Reference:
         Dettmers et al. 2021, https://arxiv.org/abs/2110.02861 (dynamic quantization), in bitsandbytes' form.

@@ -228,7 +228,7 @@ def _check_fit(folder: Path, pairs: dict, places: dict[str, Slot]) -> None:
     for module, (a, b) in pairs.items():
         layer = places[module].layer
         base = layer.base if isinstance(layer, lora._LoRALayer) else layer
-        d_in, d_out = _matrix_shape(base)
+        d_in, d_out = lora.matrix_shape(base)
         if a.shape[1:] != (d_in,) or b.shape != (d_out, a.shape[0]):
             raise GemmaLoraError(
                 f"{folder}: {module} has A {a.shape} and B {b.shape}; this model needs A (rank, {d_in}) and "
@@ -236,14 +236,6 @@ def _check_fit(folder: Path, pairs: dict, places: dict[str, Slot]) -> None:
             )
     if not any(np.any(b) for _, b in pairs.values()):
         raise GemmaLoraError(f"{folder}: the adapter changes nothing (every lora_B is zero). It was never trained.")
-
-
-def _matrix_shape(base: keras.layers.Layer) -> tuple[int, int]:
-    if isinstance(base, keras.layers.Dense):
-        return tuple(base._kernel.shape)
-    _, contracted, new, kernel = lora.einsum_axes(base.equation)
-    sizes = dict(zip(kernel, base._kernel.shape, strict=True))
-    return int(np.prod([sizes[a] for a in contracted])), int(np.prod([sizes[a] for a in new]))
 
 
 def _read_template(folder: Path):

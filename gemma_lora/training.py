@@ -30,7 +30,9 @@ from gemma_lora.files import GemmaLoraError, write_json_atomic, write_text_atomi
 from gemma_lora.hardware import Program, memory_bytes, use_compilation_cache  # noqa: E402
 from gemma_lora.lora import lora_layers  # noqa: E402
 from gemma_lora.loss import chunked_cross_entropy  # noqa: E402
+from gemma_lora.packed import Int8Rows  # noqa: E402
 from gemma_lora.packing import Batch, pack  # noqa: E402
+from gemma_lora.qlora import PackedEmbedding, head_table, packed_layers  # noqa: E402
 from gemma_lora.remat import recomputed  # noqa: E402
 
 
@@ -243,6 +245,8 @@ class FineTuner(keras.Model):
         layers = lora_layers(self.causal_lm)
         for layer in layers:
             layer.rounded_kernel = None
+        for layer in packed_layers(self.causal_lm):
+            layer.mixed_precision = mixed_precision
         if not mixed_precision:
             return
 
@@ -252,10 +256,12 @@ class FineTuner(keras.Model):
             return self.rounded[-1]
 
         for layer in layers:
+            if layer.is_packed:  # it rounds what it decodes
+                continue
             kernel = rounded(layer.to_matrix(keras.ops.convert_to_tensor(layer.base._kernel)))
             layer.rounded_kernel = lambda kernel=kernel: kernel.value
         embedding = self.causal_lm.backbone.token_embedding
-        if not any(v.trainable for v in embedding.trainable_variables):
+        if not any(v.trainable for v in embedding.trainable_variables) and not isinstance(embedding, PackedEmbedding):
             self.rounded_embeddings = rounded(embedding.embeddings.value)
 
     def call(self, inputs, training=None):
@@ -274,12 +280,14 @@ class FineTuner(keras.Model):
         embedding = self.causal_lm.backbone.token_embedding
         mixed = bool(training and self.settings["mixed_precision"])
         rounded = self.rounded_embeddings if mixed else None  # validation takes the weights as they are
-        embeddings = keras.ops.convert_to_tensor(embedding.embeddings if rounded is None else rounded)
+        embeddings = head_table(embedding) if rounded is None else rounded.value
+        if not mixed and not isinstance(embeddings, Int8Rows):
+            embeddings = keras.ops.cast(embeddings, y_pred.dtype)
         if sample_weight is None:
             sample_weight = keras.ops.ones(y.shape, "float32")
         return chunked_cross_entropy(
             y_pred,
-            embeddings if mixed else keras.ops.cast(embeddings, y_pred.dtype),
+            embeddings,
             y,
             keras.ops.cast(sample_weight, "float32"),
             chunk_size=self.settings["chunk_size"] or 64,
@@ -347,7 +355,9 @@ class FineTuner(keras.Model):
         optimizer["config"].pop("name", None)  # Keras numbers its objects: another name each time
         backbone = self.causal_lm.backbone
         base = hashlib.sha256(np.asarray(backbone.layer_norm.scale).tobytes())
-        base.update(np.asarray(backbone.token_embedding.embeddings[:64]).tobytes())
+        some_tokens = np.arange(min(64, backbone.token_embedding.input_dim))
+        base.update(np.asarray(backbone.token_embedding(some_tokens)).tobytes())
+        packed = sorted({type(layer.encoding).__name__ for layer in packed_layers(self.causal_lm)})
         lora = sorted(
             {
                 (layer.name, layer.rank, layer.alpha, layer.dropout_rate, layer.rslora)
@@ -362,6 +372,7 @@ class FineTuner(keras.Model):
             "batches": len(batches),
             "data (SHA-256 of the batches)": digest.hexdigest(),
             "base model (SHA-256 of some weights)": base.hexdigest(),
+            **({"base model's encodings": packed} if packed else {}),
         }
 
     def _resume(self, record: dict[str, Any]) -> checkpoint.Checkpoint | None:

@@ -1,8 +1,13 @@
 """Fixtures: a tiny random Gemma of each generation, a character tokenizer, the real 270M once a session."""
 
 import os
+import tempfile
 
 os.environ["KERAS_BACKEND"] = "jax"
+# Tests build the same tiny models again and again; what XLA has compiled once it need not compile again.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "gemma_lora_tests_xla"))
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import pytest
 

@@ -304,18 +304,15 @@ def test_lora_and_adapters_stand_together(gemma):
     np.testing.assert_allclose(gemma.backbone(X), with_both, atol=2e-3)
 
 
-@pytest.mark.parametrize("size", [0.3, 1.0])
-def test_generation_is_the_models_own_forward(any_gemma, size):
-    filled(adapters.apply_adapters(any_gemma, 3), size)
+def test_generation_is_the_models_own_forward(any_gemma):
+    filled(adapters.apply_adapters(any_gemma, 3), 1.0)
     prompts = [np.array([5, 9, 11], "int32"), np.array([40, 41, 42, 43, 44], "int32")]
     answers = generation.generate_tokens(any_gemma, prompts, [1], 9)
     table = np.asarray(any_gemma.backbone.token_embedding.embeddings)
     for prompt, answer in zip(prompts, answers, strict=True):
-        ids = list(prompt)
-        for token in answer:
-            x = {"token_ids": np.array([ids]), "padding_mask": np.ones((1, len(ids)), "int32")}
-            assert int((table @ np.asarray(any_gemma.backbone(x))[0, -1]).argmax()) == token
-            ids.append(token)
+        ids = np.concatenate([prompt, answer])[None]  # a token sees those before it only, so one pass tells all
+        hidden = np.asarray(any_gemma.backbone({"token_ids": ids, "padding_mask": np.ones_like(ids)}))[0]
+        assert (hidden @ table.T).argmax(axis=1)[len(prompt) - 1 : -1].tolist() == answer.tolist()
     base = generation.generate_tokens(adapters.remove_adapters(any_gemma), prompts, [1], 9)
     assert any(a.tolist() != b.tolist() for a, b in zip(answers, base, strict=True))
 

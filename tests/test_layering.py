@@ -18,6 +18,7 @@ LAYERS = {
     "layers": [
         "backend",
         "mixed_precision",
+        "packed",
         "remat",
         "lora",
         "ptq",

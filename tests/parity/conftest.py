@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 
-ENGINES = ("torch", "transformers", "peft", "llama_cpp")
+ENGINES = ("torch", "transformers", "peft", "llama_cpp", "bitsandbytes")
 if any(importlib.util.find_spec(name) is None for name in ENGINES):
     collect_ignore_glob = ["test_*.py"]  # without the extra `parity` there is nothing to compare with: no test is run
 
