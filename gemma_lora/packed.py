@@ -27,7 +27,10 @@ Parts = dict[str, Any]
 class Encoding(Protocol):
     """How a matrix `(d_out, d_in)` is packed; hashable, so that compiled programs may depend on it."""
 
-    shape: tuple[int, int]
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(d_out, d_in)`."""
+        ...
 
     def encode(self, matrix: np.ndarray) -> dict[str, np.ndarray]:
         """Packs a `(d_out, d_in)` matrix into named arrays."""
@@ -54,7 +57,7 @@ class NF4:
             "codes": tensor.packed,
             "scale_codes": tensor.scales,
             "scale_scales": tensor.scale_scales,
-            "offset": np.float32([tensor.offset]),
+            "offset": np.array([tensor.offset], np.float32),
         }
 
     def decode(self, parts: Parts) -> jax.Array:
