@@ -50,17 +50,7 @@ class _PackedLayer:
             self.bias.trainable = False
         self.parts: dict[str, keras.Variable] = {}
         for name, array in parts.items():
-            # Keras counts an integer weight as one that cannot be trained; the scales are frozen too.
-            weight = self.add_weight(
-                name=name,
-                shape=array.shape,
-                dtype=str(array.dtype),
-                initializer="zeros",
-                trainable=False,
-                autocast=False,
-            )
-            weight.assign(array)
-            self.parts[name] = weight
+            self.parts[name] = _frozen_weight(self, name, array)
         self.built = True
 
     @property
@@ -82,7 +72,7 @@ class _PackedLayer:
         return packed.packed_product(x, self.values(), self.encoding, mixed)
 
 
-def _frozen_weight(layer: keras.layers.Layer, name: str, array: np.ndarray) -> keras.Variable:
+def _frozen_weight(layer: Any, name: str, array: np.ndarray) -> keras.Variable:
     """Adds a variable of any dtype that holds an array and is never trained."""
     named = {"name": name, "shape": array.shape, "dtype": str(array.dtype), "initializer": "zeros"}
     weight = layer.add_weight(**named, trainable=False, autocast=False)
@@ -162,17 +152,7 @@ def pack_embedding(embedding: keras.layers.Layer, rows: packed.Int8Rows) -> None
         del embedding._embeddings  # Keras stops tracking it too
         embedding.__class__ = PackedEmbedding
         for name, array in {"row_codes": rows.codes, "row_scales": rows.scales}.items():
-            array = np.asarray(array)
-            weight = embedding.add_weight(
-                name=name,
-                shape=array.shape,
-                dtype=str(array.dtype),
-                initializer="zeros",
-                trainable=False,
-                autocast=False,
-            )
-            weight.assign(array)
-            setattr(embedding, name, weight)
+            setattr(embedding, name, _frozen_weight(embedding, name, np.asarray(array)))
     finally:
         embedding._tracker.lock()
 

@@ -8,11 +8,13 @@ from gemma_lora import generation, lora
 PROMPTS = [np.array([5, 9, 11], "int32"), np.array([40, 41, 42, 43, 44], "int32")]
 
 
-def naive(model, prompt, stop_ids, max_new_tokens):
+def naive(model, prompt, stop_ids, max_new_tokens, length=96):
+    """Everything anew for each token. Padding behind the text, which no token sees, keeps one shape for all."""
     ids = list(prompt)
     for _ in range(max_new_tokens):
-        x = {"token_ids": np.array([ids]), "padding_mask": np.ones((1, len(ids)), "int32")}
-        hidden = np.asarray(model.backbone(x))[0, -1]
+        padding_mask = (np.arange(length) < len(ids)).astype("int32")
+        x = {"token_ids": np.pad(ids, (0, length - len(ids)))[None], "padding_mask": padding_mask[None]}
+        hidden = np.asarray(model.backbone(x))[0, len(ids) - 1]
         token = int((np.asarray(model.backbone.token_embedding.embeddings) @ hidden).argmax())
         if token in stop_ids:
             break

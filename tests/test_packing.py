@@ -50,14 +50,17 @@ def test_packed_loss_and_gradient_equal_those_alone(any_gemma):
             embeddings = any_gemma.backbone.token_embedding.embeddings.value
         return chunked_cross_entropy(hidden, embeddings, targets, weights, 8, cap) * weights.sum()
 
-    run = jax.value_and_grad(summed)
+    run = jax.jit(jax.value_and_grad(summed))
     values = [v.value for v in variables]
     packed, alone = [], []
     for batch in pack(tokens, masks, rows=2, row_length=24, seed=0):
         packed.append(run(values, *batch.as_keras()))
     for ids, mask in zip(tokens, masks, strict=True):
-        x = {"token_ids": ids[None, :-1], "padding_mask": np.ones((1, len(ids) - 1), "int32")}
-        alone.append(run(values, x, ids[None, 1:], mask[None, 1:].astype("float32")))
+        behind = (0, 14 - len(ids))  # padding, so that one program does for all lengths
+        padding_mask = np.pad(np.ones(len(ids) - 1, "int32"), behind)[None]
+        x = {"token_ids": np.pad(ids[:-1], behind)[None], "padding_mask": padding_mask}
+        weights = np.pad(mask[1:].astype("float32"), behind)[None]
+        alone.append(run(values, x, np.pad(ids[1:], behind)[None], weights))
     total = jax.tree.map(lambda *parts: sum(parts), *packed)
     expected = jax.tree.map(lambda *parts: sum(parts), *alone)
     np.testing.assert_allclose(total[0], expected[0], rtol=1e-5)
