@@ -38,12 +38,12 @@ finetune: $(VENV)/.runtime ## fine-tune Gemma 3 270M on data/expenses, with a re
 	@echo "Fine-tuning Gemma 3 270M on data/expenses. On two cores: about 15 minutes with the environment, 6 GB of memory, 0.3 GB of disk."
 	$(BIN)/gemma-lora finetune --data data/expenses --run-dir runs/expenses --limit $(LIMIT) $(ARGS)
 
-test: env ## unit tests, then every notebook under nbval (two cores: 15 minutes, 8 GB of memory)
-	@echo "Unit tests, then every notebook. On two cores: about 15 minutes, 8 GB of memory."
+test: env ## unit tests, then every notebook under nbval (two cores: 30 minutes, 12 GB of memory)
+	@echo "Unit tests, then every notebook. On two cores: about 30 minutes, 12 GB of memory."
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --ignore tests/parity
 	$(BIN)/python -m pytest -q $(NBVAL) notebooks
 
-parity: env ## compare with transformers, PEFT, llama.cpp and sentencepiece (two cores: 12 minutes, 5 GB of disk)
+parity: env ## compare with transformers, PEFT, llama.cpp, bitsandbytes and sentencepiece (two cores: 12 minutes, 5 GB of disk)
 	@echo "Installing the other engines (llama.cpp is compiled), then the comparison. On two cores: about 12 minutes."
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e ".[weights,notebooks,data,dev,parity]"
 	GEMMA_LORA_PARITY=1 $(BIN)/python -m pytest -q tests/parity
