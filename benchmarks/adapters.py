@@ -33,11 +33,9 @@ ROW_LENGTH, SEED = 256, 0
 CHOOSING, SCORED = 40, 60  # validation lines: to choose a rate by, and to score
 #: Peak rates that are tried: the best of each method lies between two others.
 RATES = {"adapters": (1e-3, 3e-3, 1e-2), "lora": (3e-4, 1e-3, 3e-3)}
-POST_NORMS = ("post_attention_norm", "post_ffw_norm")
 #: 711,936 to 737,280 trained numbers each.
 METHODS: dict[str, dict[str, Any]] = {
     "adapters": {"bottleneck": 15},
-    "adapters_after_post_norm": {"bottleneck": 15, "after": POST_NORMS},
     "lora_query_value": {"rank": 16, "targets": ("query", "value")},
     "lora_all_linear": {"rank": 3, "targets": "all-linear"},
 }

@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -216,19 +214,18 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/lora_step.json")
     parser.add_argument("--one", choices=PEERS, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
+    import one_process
+
     if chosen.one:
-        print("RESULT " + json.dumps(run_one(chosen.one, chosen.repeats, chosen.lines)))
+        one_process.report(run_one(chosen.one, chosen.repeats, chosen.lines))
         return 0
     results = {}
     for peer in chosen.peers:
-        command = [sys.executable, __file__, "--one", peer, "--repeats", str(chosen.repeats), "--lines"]
-        done = subprocess.run([*command, str(chosen.lines)], capture_output=True, text=True)
-        found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-        if not found:
-            print(f"{peer} failed:\n{done.stderr[-2000:]}", file=sys.stderr)
+        limits = ["--repeats", str(chosen.repeats), "--lines", str(chosen.lines)]
+        r = one_process.measure(__file__, "--one", peer, *limits)
+        if r is None:
             return 1
-        results[peer] = json.loads(found[-1].removeprefix("RESULT "))
-        r = results[peer]
+        results[peer] = r
         print(
             f"{peer:11} {r['median_step_seconds']:7.2f} s/step {r['peak_bytes'] / 1e9:6.2f} GB "
             f"{r['loss_tokens_per_second']:7.1f} loss tokens/s  ({r['batching']})",

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -59,8 +58,10 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/peak_memory.json")
     parser.add_argument("--one", choices=SETTINGS, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
+    import one_process
+
     if chosen.one:
-        print("RESULT " + json.dumps(measure(SETTINGS[chosen.one])))
+        one_process.report(measure(SETTINGS[chosen.one]))
         return 0
     from gemma_lora import memory
     from gemma_lora.files import write_json_atomic
@@ -69,14 +70,11 @@ def main() -> int:
 
     record = json.loads(chosen.output.read_text()) if chosen.output.is_file() else {"results": {}}
     for name in chosen.settings:
-        command = [sys.executable, __file__, "--one", name]
-        done = subprocess.run(command, capture_output=True, text=True)
-        found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-        if not found:
-            print(f"{name} failed:\n{done.stderr[-2000:]}", file=sys.stderr)
+        peak = one_process.measure(__file__, "--one", name)
+        if peak is None:
             return 1
         plan = memory.plan(memory.CONFIGURATIONS["gemma3_270m"], **SETTINGS[name])
-        result = json.loads(found[-1].removeprefix("RESULT ")) | {"setting": SETTINGS[name]}
+        result = peak | {"setting": SETTINGS[name]}
         record["results"][name] = result
         record |= {"machine": machine(), "versions": versions()}
         write_json_atomic(chosen.output, record)

@@ -10,10 +10,8 @@ a machine that slows down slows all of them. Compare times as ratios, and only w
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -68,8 +66,10 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/qlora_step.json")
     parser.add_argument("--one", choices=SETTINGS, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
+    import one_process
+
     if chosen.one:
-        print("RESULT " + json.dumps(measure(chosen.one, chosen.steps)))
+        one_process.report(measure(chosen.one, chosen.steps))
         return 0
     from gemma_lora.files import write_json_atomic
     from gemma_lora.hardware import machine
@@ -78,13 +78,9 @@ def main() -> int:
     results: dict[str, dict] = {}
     for _ in range(chosen.rounds):
         for name in chosen.only:
-            command = [sys.executable, __file__, "--one", name, "--steps", str(chosen.steps)]
-            done = subprocess.run(command, capture_output=True, text=True)
-            found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-            if not found:
-                print(f"{name} failed:\n{done.stderr[-2000:]}", file=sys.stderr)
+            run = one_process.measure(__file__, "--one", name, "--steps", str(chosen.steps))
+            if run is None:
                 return 1
-            run = json.loads(found[-1].removeprefix("RESULT "))
             before = results.get(name, run | {"step_seconds": []})
             run["step_seconds"] = before["step_seconds"] + run["step_seconds"]
             run["median_step_seconds"] = round(statistics.median(run["step_seconds"]), 3)

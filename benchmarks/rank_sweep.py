@@ -24,7 +24,6 @@ import dataclasses
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -155,23 +154,23 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/rank_sweep.json")
     parser.add_argument("--one", choices=RUNS, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
+    import one_process
+
     if chosen.list:
         print(*RUNS, sep="\n")
         return 0
     if chosen.one:
-        print("RESULT " + json.dumps(run_one(chosen.one)))
+        one_process.report(run_one(chosen.one))
         return 0
     for name in chosen.only:
         runs = json.loads(chosen.output.read_text())["runs"] if chosen.output.exists() else {}
         if name in runs:
             continue
         print(name, file=sys.stderr, flush=True)
-        done = subprocess.run([sys.executable, __file__, "--one", name], stdout=subprocess.PIPE, text=True)
-        found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-        if not found:
-            print(f"{name} failed; what went wrong stands above.", file=sys.stderr)
+        result = one_process.measure(__file__, "--one", name, quiet=False)
+        if result is None:
             return 1
-        runs[name] = json.loads(found[-1].removeprefix("RESULT "))
+        runs[name] = result
         write(chosen.output, runs)
         print(name, runs[name].get("scores", runs[name].get("failed")), f"{runs[name]['seconds']} s", flush=True)
     return 0

@@ -10,7 +10,7 @@ Reference: Dettmers et al. 2023, https://arxiv.org/abs/2305.14314, section 3. Th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -56,7 +56,7 @@ class _PackedLayer:
     @property
     def nbytes(self) -> int:
         """Bytes of the packed kernel, scales included."""
-        return sum(int(np.prod(v.shape)) * np.dtype(v.dtype).itemsize for v in self.parts.values())
+        return _bytes_of(self.parts.values())
 
     def values(self) -> dict[str, Any]:
         return {name: variable.value for name, variable in self.parts.items()}
@@ -228,7 +228,7 @@ def quantize_base(
         raise GemmaLoraError("The model holds no Dense or EinsumDense layer that could be packed.")
     for parent, attribute, layer in places:
         pack_layer(parent, attribute, layer, scheme, double_quant, block_size)
-    table = getattr(getattr(model, "backbone", model), "token_embedding", None)
+    table = _tied_embedding(model)
     if embedding and table is not None:
         pack_embedding(table, packed.Int8Rows.of(np.asarray(table.embeddings)))
     return model
@@ -282,6 +282,15 @@ def packed_layers(model: keras.layers.Layer) -> list[Any]:
     return [layer for layer in model._flatten_layers() if isinstance(layer, _PackedLayer)]
 
 
+def _tied_embedding(model: keras.layers.Layer) -> keras.layers.Layer | None:
+    """A Gemma's token embedding; None in any other model."""
+    return getattr(getattr(model, "backbone", model), "token_embedding", None)
+
+
+def _bytes_of(variables: Iterable[keras.Variable]) -> int:
+    return sum(variable.value.nbytes for variable in variables)
+
+
 def weight_bytes(model: keras.layers.Layer) -> dict[str, float]:
     """What the packed weights take.
 
@@ -292,14 +301,13 @@ def weight_bytes(model: keras.layers.Layer) -> dict[str, float]:
     layers = packed_layers(model)
     linear = sum(layer.nbytes for layer in layers)
     count = sum(int(np.prod(layer.encoding.shape)) for layer in layers)
-    everything = sum(int(np.prod(v.shape)) * np.dtype(v.dtype).itemsize for v in model.variables)
-    table = getattr(getattr(model, "backbone", model), "token_embedding", None)
-    rows = 0 if table is None else sum(int(np.prod(v.shape)) * np.dtype(v.dtype).itemsize for v in table.variables)
+    table = _tied_embedding(model)
+    rows = 0 if table is None else _bytes_of(table.variables)
     return {
         "linear_bytes": linear,
         "linear_bits": 8 * linear / count if count else 0.0,
         "embedding_bytes": rows,
-        "other_bytes": everything - linear - rows,
+        "other_bytes": _bytes_of(model.variables) - linear - rows,
     }
 
 
@@ -322,7 +330,7 @@ def dequantize_base(model: keras.Model) -> keras.Model:
                 found = True
     if not found:
         raise GemmaLoraError("The model has no packed layers.")
-    table = getattr(getattr(model, "backbone", model), "token_embedding", None)
+    table = _tied_embedding(model)
     if isinstance(table, PackedEmbedding):
         _unpack_embedding(table)
     return model

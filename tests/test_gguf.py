@@ -147,6 +147,19 @@ def loaded(tmp_path_factory):
         return load_gemma(folder / "tiny.gguf"), stored
 
 
+def test_rows_in_8_bits_are_the_files_own_or_have_a_scale_each(file):
+    index = gguf.read_index(file)
+    table = gguf.read_int8_rows(index, "token_embd.weight")  # Q8_0: nothing is rounded again
+    np.testing.assert_array_equal(table.decode(), gguf.read_tensor(index, "token_embd.weight"))
+    assert table.scales.shape == (table.shape[0], HIDDEN // 32)
+    for rows_at_once in (7, 8192):
+        rows = gguf.read_int8_rows(index, "blk.0.attn_q.weight", rows_at_once)  # F16
+        right = gguf.read_tensor(index, "blk.0.attn_q.weight")
+        assert rows.scales.shape == (len(right), 1)
+        assert np.all(np.abs(np.asarray(rows.decode()) - right) <= rows.scales / 2 + 1e-7)
+        np.testing.assert_array_equal(rows.scales[:, 0], np.abs(right).max(axis=1) / np.float32(127))
+
+
 def test_every_tensor_comes_out_as_stored(file):
     index = gguf.read_index(file)
     stored = write_gguf(file.with_name("same.gguf"))

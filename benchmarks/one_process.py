@@ -1,0 +1,35 @@
+"""A measurement in a process of its own: its peak of memory is its own, and nothing is left from the one before."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+_MARK = "RESULT "
+
+
+def report(result: dict[str, Any]) -> None:
+    """Prints what `measure` in the parent process reads."""
+    print(_MARK + json.dumps(result))
+
+
+def measure(script: str, *arguments: str, quiet: bool = True) -> dict[str, Any] | None:
+    """Runs `python script arguments…` and gives what it reported.
+
+    Args:
+        script: The calling script's `__file__`.
+        *arguments: What makes it measure one thing and call `report`.
+        quiet: Whether the process's error stream is held back and shown only if it fails.
+
+    Returns:
+        The reported dictionary; None, with the reason on the error stream, if there is none.
+    """
+    command = [sys.executable, script, *arguments]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE if quiet else None, text=True)
+    found = [line for line in done.stdout.splitlines() if line.startswith(_MARK)]
+    if found:
+        return json.loads(found[-1].removeprefix(_MARK))
+    print(f"{' '.join(arguments)} failed:\n{(done.stderr or '')[-2000:]}", file=sys.stderr)
+    return None
