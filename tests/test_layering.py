@@ -28,7 +28,7 @@ LAYERS = {
         "transformer",
         "loss",
     ],
-    "models": ["templates", "formats", "gguf", "peft", "qlora", "gemma", "data", "packing"],
+    "models": ["lazy_tensorflow", "templates", "formats", "gguf", "peft", "qlora", "gemma", "data", "packing"],
     "work": ["hardware", "sharding", "generation", "training", "evaluation", "export"],
     "front": ["job", "pipeline", "cli"],
 }
