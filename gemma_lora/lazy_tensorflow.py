@@ -1,9 +1,9 @@
 """KerasHub without TensorFlow, until something needs it.
 
-KerasHub imports TensorFlow and TensorFlow Text wherever it finds them: 0.6 GB of memory and half of the time that its import takes.
-On the JAX backend a text model needs neither: the tokenizer runs on SentencePiece, the model on JAX. They are used by
-KerasHub's preprocessors when they are called with text, so they cannot be left out either: `model.generate("…")` must work.
-So KerasHub is imported with stand-ins, which import the real module at the first use.
+KerasHub imports TensorFlow and TensorFlow Text wherever it finds them: 0.6 GB of memory and half of the time that its
+import takes. On the JAX backend a text model needs neither: the tokenizer runs on SentencePiece, the model on JAX. They
+are used by KerasHub's preprocessors when they are called with text, so they cannot be left out either:
+`model.generate("…")` must work. So KerasHub is imported with stand-ins, which import the real module at the first use.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class _NoInstance:
 class _StandIn(types.ModuleType):
     """A module that is imported when an attribute is asked of it that has no answer without."""
 
-    #: The error that asking raises in place of importing, or None. KerasHub takes an AttributeError (while it is imported)
-    #: and an ImportError (while a layer is built) for "not installed".
+    #: The error that asking raises in place of importing, or None. KerasHub takes an AttributeError (while it is
+    #: imported) and an ImportError (while a layer is built) for "not installed".
     refusal: type[Exception] | None = None
 
     def __getattr__(self, attribute: str) -> Any:

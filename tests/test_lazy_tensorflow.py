@@ -42,7 +42,7 @@ inside = preprocessor.generate_preprocess(text)["token_ids"]
 import tensorflow as tf
 mapped = list(tf.data.Dataset.from_tensor_slices(text).map(preprocessor.tokenizer))
 as_lists = [np.asarray(row).tolist(), np.asarray(inside).tolist(), [np.asarray(m).tolist() for m in mapped]]
-print(json.dumps([before, as_lists, preprocessor.tokenizer(text), preprocessor.tokenizer(tf.constant(text[0])) is not None]))
+print(json.dumps([before, as_lists, preprocessor.tokenizer(text)]))
 """
 
 
