@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -23,15 +23,21 @@ app = typer.Typer(
 
 _ADAPTER = typer.Option(help="Adapter folder (PEFT): adapter_config.json and adapter_model.safetensors.")
 _MODEL = typer.Option(help="gemma3-270m, a .gguf file, a KerasHub preset name, hf://owner/name, or a preset folder.")
+_Quantization = Literal["nf4", "int8", "int4", "gguf"]
+_QUANTIZATION = typer.Option(help="QLoRA: what the frozen weights are kept in; gguf keeps a GGUF file's own blocks.")
+_DOUBLE_QUANT = typer.Option("--double-quant", help="With nf4: its scales in 8 bits too.")
 
 
-@app.command(epilog="Example: `gemma-lora finetune --data my.jsonl --run-dir runs/mine`")
+@app.command(epilog="Example: `gemma-lora finetune --data my.jsonl --run-dir runs/mine`  \nQLoRA: `gemma-lora finetune --data my.jsonl "
+    "--run-dir runs/small --quantization nf4 --double-quant --remat`")
 def finetune(
     data: Annotated[
         str, typer.Option(help="A dataset folder, or a JSONL file (prompt/response, Alpaca, ShareGPT, chat).")
     ] = "data/expenses",
     run_dir: Annotated[str, typer.Option(help="Where adapter, settings, metrics and report go.")] = "runs/expenses",
     model: Annotated[str, _MODEL] = "gemma3-270m",
+    quantization: Annotated[_Quantization | None, _QUANTIZATION] = None,
+    double_quant: Annotated[bool, _DOUBLE_QUANT] = False,
     rank: Annotated[int, typer.Option(min=1, help="Rank of the update.")] = 16,
     alpha: Annotated[float | None, typer.Option(help="Scaling is alpha/rank; 2 * rank by default.")] = None,
     targets: Annotated[
@@ -65,11 +71,14 @@ def finetune(
     from gemma_lora.lora import target_names
 
     target_names(names)
+    _check_quantization(quantization, double_quant)
     job.finetune(
         job.Settings(
             data=data,
             run_dir=run_dir,
             model=model,
+            quantization=quantization,
+            double_quant=double_quant,
             rank=rank,
             alpha=alpha,
             targets=names,
@@ -98,12 +107,14 @@ def generate(
     prompts: Annotated[list[str], typer.Argument(help="One or more prompts.")],
     adapter: Annotated[Path | None, _ADAPTER] = None,
     model: Annotated[str, _MODEL] = "gemma3-270m",
+    quantization: Annotated[_Quantization | None, _QUANTIZATION] = None,
+    double_quant: Annotated[bool, _DOUBLE_QUANT] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")] = 128,
 ) -> None:
     """Answer prompts, greedily."""
     from gemma_lora.generation import generate as answer
 
-    for text in answer(_load(model, adapter), prompts, max_new_tokens=max_new_tokens):
+    for text in answer(_load(model, adapter, quantization, double_quant), prompts, max_new_tokens=max_new_tokens):
         typer.echo(text)
 
 
@@ -115,6 +126,8 @@ def evaluate(
     data: Annotated[Path, typer.Option(help="A JSONL file whose responses are the right answers.")],
     adapter: Annotated[Path | None, _ADAPTER] = None,
     model: Annotated[str, _MODEL] = "gemma3-270m",
+    quantization: Annotated[_Quantization | None, _QUANTIZATION] = None,
+    double_quant: Annotated[bool, _DOUBLE_QUANT] = False,
     output: Annotated[Path | None, typer.Option(help="Where the scores go, as JSON.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")] = 128,
     skip_bad_lines: Annotated[
@@ -135,7 +148,7 @@ def evaluate(
         typer.echo(f"Bad lines skipped: {count} in {file}.", err=True)
     if not examples:
         raise GemmaLoraError(f"{data}: holds no usable example. Give one JSON object a line.")
-    loaded = _load(model, adapter)
+    loaded = _load(model, adapter, quantization, double_quant)
     with progress_bar(Console(stderr=True), str(data), len(examples)) as advance:
         scores = score(loaded, examples, max_new_tokens=max_new_tokens, on_progress=advance).to_dict()
     if output is not None:
@@ -221,17 +234,23 @@ def _advice(configuration, fits: dict[str, int], available: int, named: dict) ->
     return f"LoRA fits {size}:\n  gemma-lora finetune {' '.join(flags)}{' --remat' if remat else ''}"
 
 
-def _load(model: str, adapter: Path | None):
+def _check_quantization(quantization: str | None, double_quant: bool) -> None:
+    if double_quant and quantization != "nf4":
+        raise GemmaLoraError("--double-quant goes with --quantization nf4. Give both, or neither.")
+
+
+def _load(model: str, adapter: Path | None, quantization: str | None, double_quant: bool):
     from gemma_lora.gemma import load_gemma
     from gemma_lora.hardware import use_compilation_cache
     from gemma_lora.peft import load_adapter
 
+    _check_quantization(quantization, double_quant)
     use_compilation_cache()
     if adapter is not None and not adapter.is_dir():
         raise GemmaLoraError(f"{adapter}: no such folder. Give an adapter folder, such as runs/expenses/adapter.")
     if adapter is not None and not (adapter / "adapter_config.json").is_file():
         raise GemmaLoraError(f"{adapter}: holds no adapter_config.json. Give a folder that save_adapter or PEFT wrote.")
-    loaded = load_gemma(model)
+    loaded = load_gemma(model, quantization=quantization, double_quant=double_quant)
     return load_adapter(loaded, adapter) if adapter is not None else loaded
 
 

@@ -38,6 +38,8 @@ class Settings:
     data: str = "data/expenses"
     run_dir: str = "runs/expenses"
     model: str = BUILTIN_NAME
+    quantization: str | None = None
+    double_quant: bool = False
     rank: int = 16
     alpha: float | None = None
     targets: tuple[str, ...] | str = "all-linear"
@@ -92,7 +94,7 @@ def finetune(settings: Settings, console: Console | None = None, overwrite: bool
         return finished
     use_compilation_cache()
     console.print(f"Loading {_escape(settings.model)} …")
-    model = load_gemma(settings.model)
+    model = load_gemma(settings.model, quantization=settings.quantization, double_quant=settings.double_quant)
     if settings.model == BUILTIN_NAME:
         console.print(f"[dim]{BUILTIN_NOTE}[/]")
     # Bad lines, too long ones among them, are found before the slow work begins.

@@ -51,7 +51,7 @@ def small_model():
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr("gemma_lora.gemma.load_gemma", lambda source: small_model())
+    monkeypatch.setattr("gemma_lora.gemma.load_gemma", lambda source, **named: small_model())
 
 
 @pytest.fixture
@@ -87,6 +87,21 @@ def test_help_shows_an_example_that_the_command_understands(command, name):
     assert options and all(out.count(option) > 1 for option in options)
 
 
+@pytest.mark.parametrize("name", ["evaluate --data good.jsonl", "generate hi"])
+def test_a_quantized_base_is_asked_for(command, monkeypatch, tmp_path, name):
+    asked = []
+
+    def load(source, **named):
+        asked.append(named)
+        return small_model()
+
+    monkeypatch.setattr("gemma_lora.gemma.load_gemma", load)
+    jsonl(tmp_path / "good.jsonl", ROW)
+    status, _, err = command(*name.split(), "--quantization", "nf4", "--double-quant", "--max-new-tokens", "2")
+    assert status == 0, err
+    assert asked == [{"quantization": "nf4", "double_quant": True}]
+
+
 def test_every_command_is_listed(command):
     _, out, _ = command("--help")
     assert all(name in out for name in ("finetune", "evaluate", "generate"))
@@ -118,6 +133,9 @@ BAD = {
     "empty adapter": ("generate --adapter empty hi", ["empty", "adapter_config.json"]),
     "no adapter to score": ("evaluate --data good.jsonl --adapter nowhere", ["nowhere", "runs/expenses/adapter"]),
     "finished run": ("finetune --data good.jsonl --run-dir done", ["done", "rank was 99", "--overwrite", "--run-dir"]),
+    "an encoding": ("generate --quantization int3 hi", ["int3", "nf4", "gguf"]),
+    "double quantization of nothing": ("finetune --double-quant", ["--double-quant", "--quantization nf4"]),
+    "double quantization of int8": ("generate --quantization int8 --double-quant hi", ["--quantization nf4"]),
     "place for scores": ("evaluate --data good.jsonl --output bad.jsonl/s.json", ["bad.jsonl/s.json", "--output"]),
     "place for a run": ("finetune --data good.jsonl --run-dir bad.jsonl/run", ["bad.jsonl/run", "--run-dir"]),
 }
@@ -139,7 +157,7 @@ def test_bad_input_is_named_with_its_remedy_before_any_model_is_loaded(command, 
 
 @pytest.mark.parametrize("error, status", [(KeyboardInterrupt(), 130), (OSError(28, "No space left", "f.txt"), 2)])
 def test_interruptions_have_a_status_and_no_traceback(command, monkeypatch, error, status):
-    def fail(source):
+    def fail(source, **named):
         raise error
 
     monkeypatch.setattr("gemma_lora.gemma.load_gemma", fail)
@@ -150,7 +168,7 @@ def test_interruptions_have_a_status_and_no_traceback(command, monkeypatch, erro
 
 
 def test_a_defect_of_ours_is_not_hidden(command, monkeypatch):
-    def fail(source):
+    def fail(source, **named):
         raise ZeroDivisionError
 
     monkeypatch.setattr("gemma_lora.gemma.load_gemma", fail)
@@ -224,10 +242,12 @@ def test_finetune_passes_every_option_on(command, monkeypatch, tmp_path):
     monkeypatch.setattr(job, "finetune", lambda settings, console, **named: seen.append(settings))
     options = {"data": "d.jsonl", "run_dir": "r", "model": "m.gguf", "rank": 3, "alpha": 5.0, "dropout": 0.1}
     options |= {"learning_rate": 0.01, "epochs": 2, "limit": 7, "rows": 5, "row_length": 99, "seed": 4}
+    options |= {"quantization": "nf4"}
     words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
-    status, _, err = command("finetune", *words, "--targets", "query, down", "--rslora", "--skip-bad-lines")
+    flags = ["--rslora", "--skip-bad-lines", "--double-quant"]
+    status, _, err = command("finetune", *words, "--targets", "query, down", *flags)
     assert status == 0, err
-    expected = options | {"targets": ("query", "down"), "rslora": True, "skip_bad_lines": True}
+    expected = options | {"targets": ("query", "down"), "rslora": True, "skip_bad_lines": True, "double_quant": True}
     assert {name: getattr(seen[0], name) for name in expected} == expected
 
 
@@ -240,7 +260,7 @@ def test_finetunes_defaults_are_the_jobs(command, monkeypatch):
 
 
 def test_overwrite_begins_anew_but_not_before_the_data_are_read(command, monkeypatch, tmp_path):
-    def no_model(source):
+    def no_model(source, **named):
         raise GemmaLoraError("the model was asked for")
 
     monkeypatch.setattr(job, "load_gemma", no_model)

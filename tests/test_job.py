@@ -20,7 +20,7 @@ from tests.conftest import CharacterTokenizer, tiny_gemma
 TEMPLATE = {"prompt": "{prompt}:", "response": "{response}<eos>", "stop": ["<eos>"]}
 
 
-def small_model(source=None):
+def small_model(source=None, **named):
     model = tiny_gemma(3)
     model.preprocessor = types.SimpleNamespace(tokenizer=CharacterTokenizer())
     embeddings = model.backbone.token_embedding.embeddings
@@ -184,7 +184,7 @@ def test_what_cannot_work_is_said_before_the_slow_work_begins(tmp_path, monkeypa
         run(monkeypatch, settings)
 
 
-def no_model(source):
+def no_model(source, **named):
     raise GemmaLoraError(f"{source}: the model was asked for")
 
 

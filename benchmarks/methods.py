@@ -1,0 +1,258 @@
+"""Sixteen ways to fine-tune Gemma 3 270M on the expense lines, compared.
+
+Every method sees the same lines in the same order, in packed rows of 384 tokens, in float32. Two kinds of runs:
+
+  rate/<method>/<rate>   short; the rate with the least loss on lines of `validation` and `validation_unseen` is chosen
+  final/<method>/<seed>  longer, at that rate; scored once on all of `test` and `test_unseen`
+
+Scored are the loss of the answers' tokens, teacher-forced exact match (the share of answers of which every token is the
+most probable one after the right tokens before it: what greedy generation would write to the letter), and the
+perplexity of English text, which shows forgetting. Five methods have three seeds, the others one.
+Each run is a process of its own and is written to the JSON when it is done; what is there is not made again, so stop it
+and start it as you like. Exact match and memory do not depend on what else the machine does; time does, and is
+therefore measured apart, by `--time`.
+
+    python benchmarks/methods.py                            # what is missing: about 6 hours on two cores
+    python benchmarks/methods.py --methods lora_all nf4_dq  # these two, all their runs
+    python benchmarks/methods.py --list                     # the runs in their order, and which are there
+    python benchmarks/methods.py --time                     # seconds a step, on a quiet machine: about 20 minutes
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("KERAS_BACKEND", "jax")
+ROOT = Path(__file__).resolve().parent.parent
+ROW_LENGTH = 384
+#: Training lines of a run, and how many lines of each validation split it is scored on.
+LINES = {"rate": 160, "final": 600}
+VALIDATION = {"rate": 48, "final": 100}
+SEEDS = (0, 1, 2)
+TIMED_STEPS = 4
+
+LORA, SMALL, LARGE = (2.5e-4, 5e-4, 1e-3), (5e-4, 1e-3, 2e-3), (1.25e-4, 2.5e-4, 5e-4)
+ALL: dict[str, Any] = {"rank": 16, "targets": "all-linear"}
+#: What loads the model, what is put on it, and the rates that are tried. In the order in which the runs are made.
+METHODS: dict[str, dict[str, Any]] = {
+    "lora_all": {"lora": ALL, "rates": LORA},
+    "nf4_dq": {"lora": ALL, "quantization": "nf4", "double_quant": True, "rates": LORA},
+    "lora_qv_8": {"lora": {"rank": 8, "targets": ("query", "value")}, "rates": SMALL},
+    "full": {"rates": (7e-6, 1.5e-5, 3e-5)},
+    "dora_all": {"lora": {**ALL, "dora": True}, "rates": LORA},
+    "int8": {"lora": ALL, "quantization": "int8", "rates": LORA},
+    "int8_keras": {"keras": {"rank": 16}, "quantization": "keras", "rates": LORA},
+    "gguf": {"lora": ALL, "quantization": "gguf", "rates": LORA},
+    "int4": {"lora": ALL, "quantization": "int4", "rates": LORA},
+    "rslora_all": {"lora": {**ALL, "rslora": True}, "rates": LARGE},
+    "houlsby": {"adapters": {"bottleneck": 80}, "rates": (1e-3, 3e-3, 1e-2)},
+    "lora_qv_1": {"lora": {"rank": 1, "targets": ("query", "value")}, "rates": SMALL},
+    "lora_qv_4": {"lora": {"rank": 4, "targets": ("query", "value")}, "rates": SMALL},
+    "lora_qv_16": {"lora": {"rank": 16, "targets": ("query", "value")}, "rates": SMALL},
+    "lora_qv_64": {"lora": {"rank": 64, "targets": ("query", "value")}, "rates": SMALL},
+    "nf4": {"lora": ALL, "quantization": "nf4", "rates": LORA},
+}
+#: Those that matter most have three seeds.
+REPEATED = ("lora_all", "nf4_dq", "lora_qv_8", "full", "dora_all")
+
+
+def planned() -> list[tuple[str, str, float | int]]:
+    """The runs as `(kind, method, rate or seed)`, in their order: every method once, then the further seeds."""
+    once = []
+    for method, settings in METHODS.items():
+        once += [("rate", method, rate) for rate in settings["rates"]] + [("final", method, SEEDS[0])]
+    return once + [("final", method, seed) for seed in SEEDS[1:] for method in REPEATED]
+
+
+def name_of(kind: str, method: str, value: float | int) -> str:
+    return f"{kind}/{method}/{value:g}"
+
+
+def best_rate(runs: dict[str, dict], method: str) -> float | None:
+    """The rate whose short run has the least validation loss, once all of them are there."""
+    short = [runs.get(name_of("rate", method, rate)) for rate in METHODS[method]["rates"]]
+    if any(run is None for run in short):
+        return None
+    return min((run for run in short if "failed" not in run), key=lambda run: run["validation_loss"])["rate"]
+
+
+def prepared(method: str, seed: int):
+    """The model with what the method trains, everything else frozen."""
+    import gemma_lora as gl
+    from gemma_lora import adapters
+
+    settings = METHODS[method]
+    quantization = settings.get("quantization")
+    if quantization in (None, "keras"):
+        model = gl.load_gemma()
+    else:
+        model = gl.load_gemma(quantization=quantization, double_quant=settings.get("double_quant", False))
+    if "lora" in settings:
+        gl.apply_lora(model, seed=1000 * seed, **settings["lora"])
+    elif "adapters" in settings:
+        adapters.apply_adapters(model, seed=1000 * seed, **settings["adapters"])
+    elif "keras" in settings:
+        keras_int8_lora(model, settings["keras"]["rank"], seed)
+    return model
+
+
+def keras_int8_lora(model, rank: int, seed: int) -> None:
+    """Keras's own way on the linear layers: `quantize("int8")`, then `enable_lora`; what gets wrong gradients."""
+    import keras
+
+    from gemma_lora import lora
+
+    keras.utils.set_random_seed(seed)
+    layers = [layer for _, _, layer in lora._linear_layers(model)]
+    model.trainable = False
+    for layer in layers:
+        layer.quantize("int8")
+        layer.trainable = True
+        layer.enable_lora(rank)
+
+
+def trained(model, rate: float, seed: int, limit: int, lines=None) -> dict[str, Any]:
+    """Fine-tunes a prepared model in place, and says what it cost."""
+    import keras
+
+    import gemma_lora as gl
+
+    tuner = gl.FineTuner(model, learning_rate=rate, row_length=ROW_LENGTH, seed=seed)
+
+    def tell(step, logs):
+        if step % 20 == 19:
+            print(f"  step {step + 1}: loss {tuner.log.rows[-1]['loss']:.3f}", file=sys.stderr, flush=True)
+
+    watch = keras.callbacks.LambdaCallback(on_train_batch_end=tell)
+    dataset = gl.load_dataset(ROOT / "data/expenses") if lines is None else lines
+    try:
+        tuner.fit(dataset, limit=limit, verbose=0, callbacks=[watch])
+    except gl.GemmaLoraError as error:  # a rate so high that the loss is no number
+        return {"failed": str(error)}
+    return {
+        "trained_parameters": sum(int(v.value.size) for v in model.trainable_variables),
+        "weight_bytes": sum(v.value.nbytes for v in model.variables if "seed_generator" not in v.path),
+        "losses": [round(row["loss"], 4) for row in tuner.log.rows],
+        "seconds_of_steps": [round(row["seconds"], 3) for row in tuner.log.rows],
+    }
+
+
+def adapter_bytes(model) -> int | None:
+    """Size of what has to be kept of a training: the adapter's file. None where there is no such file."""
+    import gemma_lora as gl
+    from gemma_lora import adapters, lora
+
+    with tempfile.TemporaryDirectory() as folder:
+        if lora.lora_layers(model):
+            gl.save_adapter(model, folder)
+        elif adapters.adapter_layers(model):
+            adapters.save(model, Path(folder) / "adapters.safetensors")
+        else:
+            return None
+        return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+
+
+def run_one(kind: str, method: str, value: float, rate: float) -> dict[str, Any]:
+    """One run in this process."""
+    import gemma_lora as gl
+    from gemma_lora import data, evaluation, hardware
+
+    started = time.perf_counter()
+    hardware.use_compilation_cache()
+    seed = int(value) if kind == "final" else SEEDS[0]
+    model = prepared(method, seed)
+    limit = 6 * TIMED_STEPS if kind == "time" else LINES[kind]
+    result = {"method": method, "rate": rate, "seed": seed, "lines": limit, **trained(model, rate, seed, limit)}
+    if "failed" in result:
+        return result
+    if kind == "time":
+        result["median_step_seconds"] = round(statistics.median(result.pop("seconds_of_steps")[1:]), 3)
+        return result | {"peak_memory_bytes": hardware.peak_memory_bytes()}
+    del result["seconds_of_steps"]
+    result["peak_memory_bytes"] = hardware.peak_memory_bytes()  # of the training: scoring would add its own
+    dataset = gl.load_dataset(ROOT / "data/expenses")
+    splits = {
+        "validation": dataset.validation[: VALIDATION[kind]],
+        "validation_unseen": data.read_jsonl(ROOT / "data/expenses/validation_unseen.jsonl")[: VALIDATION[kind]],
+    }
+    if kind == "final":
+        splits |= {name: dataset.tests[name] for name in ("test", "test_unseen")}
+        result["adapter_bytes"] = adapter_bytes(model)
+        result["english_perplexity"] = round(evaluation.perplexity(model, evaluation.english_text()), 2)
+    result["scores"] = {}
+    for split, examples in splits.items():
+        scores = evaluation.teacher_forced(model, examples, dataset.template, ROW_LENGTH)
+        result["scores"][split] = {k: round(v, 4) for k, v in dataclasses.asdict(scores).items()}
+    both = [result["scores"][split]["loss"] for split in ("validation", "validation_unseen")]
+    result["validation_loss"] = round(sum(both) / 2, 4)
+    result["seconds"] = round(time.perf_counter() - started, 1)
+    return result
+
+
+def write(path: Path, runs: dict[str, dict]) -> None:
+    """Writes the runs that are there, in the order of the plan, with the machine and the versions."""
+    from gemma_lora.files import write_json_atomic
+    from gemma_lora.hardware import machine
+    from gemma_lora.job import versions
+
+    order = [name_of(*run) for run in planned()] + [f"time/{method}/0" for method in METHODS]
+    settings = {"row_length": ROW_LENGTH, "lines": LINES, "validation_lines": VALIDATION, "precision": "float32"}
+    record = {
+        "runs": {name: runs[name] for name in order if name in runs},
+        "methods": METHODS,
+        "settings": settings,
+        "machine": machine(),
+        "versions": versions(),
+    }
+    write_json_atomic(path, record)
+
+
+def main() -> int:
+    """Makes the runs that are missing, each in a process of its own, and writes the JSON after each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="METHOD", default=list(METHODS))
+    parser.add_argument("--list", action="store_true", help="print the runs and stop")
+    parser.add_argument("--time", action="store_true", help="only measure seconds a step, anew")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/methods.json")
+    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    import one_process
+
+    if chosen.one:
+        kind, method, value, rate = chosen.one
+        one_process.report(run_one(kind, method, float(value), float(rate)))
+        return 0
+    wanted = [run for run in planned() if run[1] in chosen.methods]
+    if chosen.time:
+        wanted = [("time", method, 0) for method in chosen.methods]
+    for kind, method, value in wanted:
+        runs = json.loads(chosen.output.read_text())["runs"] if chosen.output.exists() else {}
+        name = name_of(kind, method, value)
+        if chosen.list:
+            print(name, "(done)" if name in runs else "")
+            continue
+        if name in runs and kind != "time":
+            continue
+        rate = value if kind == "rate" else best_rate(runs, method) or METHODS[method]["rates"][1]
+        print(f"{name} at rate {rate:g}", file=sys.stderr, flush=True)
+        result = one_process.measure(__file__, "--one", kind, method, f"{value:g}", f"{rate:g}", quiet=False)
+        if result is None:
+            return 1
+        runs[name] = result
+        write(chosen.output, runs)
+        shown = ("failed", "validation_loss", "scores", "median_step_seconds", "peak_memory_bytes", "seconds")
+        print(name, {key: result[key] for key in shown if key in result}, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
