@@ -215,8 +215,8 @@ def test_a_command_that_failed_at_once_can_be_mended_and_run_again(tmp_path, mon
             job.finetune(dataclasses.replace(settings, model=model), Console(file=io.StringIO()))
 
 
-def test_the_jobs_defaults_are_finetuners_but_for_the_faster_product():
+def test_the_jobs_defaults_are_finetuners_but_for_what_is_faster():
     defaults = {name: p.default for name, p in inspect.signature(FineTuner).parameters.items()}
     settings = dataclasses.asdict(job.Settings())
     shared = set(defaults) & set(settings) - {"run_dir", "model"}
-    assert {name for name in shared if defaults[name] != settings[name]} == {"mixed_precision"}
+    assert {name for name in shared if defaults[name] != settings[name]} == {"mixed_precision", "filter_gradient"}
