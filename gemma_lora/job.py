@@ -124,8 +124,8 @@ def finetune(settings: Settings, console: Console | None = None, overwrite: bool
         rslora=settings.rslora,
         seed=settings.seed,
     )
-    names = ("learning_rate", "warmup", "rows", "row_length", "accumulate", "remat", "mixed_precision")
-    names = (*names, "filter_gradient", "seed")
+    names = ["learning_rate", "warmup", "rows", "row_length", "accumulate", "remat"]
+    names += ["mixed_precision", "filter_gradient", "seed"]
     tuner = FineTuner(model, run_dir=run_dir, **{name: getattr(settings, name) for name in names})
     training_started = time.perf_counter()
     tuner.fit(dataset, epochs=settings.epochs, limit=settings.limit, skip_bad_lines=settings.skip_bad_lines)
