@@ -20,7 +20,7 @@ from pathlib import Path
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 ROOT = Path(__file__).resolve().parent.parent
-PEERS = ("ours", "ours_remat", "ours_mixed", "keras_hub", "peft_fp32", "peft_bf16")
+PEERS = ("ours", "ours_filtered", "ours_remat", "ours_mixed", "keras_hub", "peft_fp32", "peft_bf16")
 ROWS, LENGTH, RANK, RATE = 4, 256, 8, 5e-4
 
 
@@ -72,6 +72,7 @@ def run_ours(peer: str, repeats: int, count: int) -> dict:
     encoded, stream = lines(count, model.preprocessor.tokenizer)
     gl.apply_lora(model, rank=RANK)
     named = {"mixed_precision": peer == "ours_mixed", "remat": peer == "ours_remat", "chunk_size": 256}
+    named["filter_gradient"] = peer in ("ours_mixed", "ours_filtered")
     tuner = gl.FineTuner(model, rows=ROWS, row_length=LENGTH, **named)
     tuner.compile_for(100)
     token_ids, targets, weights = full_batch(stream)

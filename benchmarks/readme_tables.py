@@ -24,6 +24,7 @@ _TABLE = re.compile(r"(<!-- table (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 PEERS = {
     "ours": "this project, float32",
+    "ours_filtered": "this project, float32, gradient filter",
     "ours_remat": "this project, float32, remat",
     "ours_mixed": "this project, mixed precision",
     "keras_hub": "KerasHub's `enable_lora` and `fit`",
