@@ -11,6 +11,7 @@ loss-carrying tokens a second over the training lines, each peer with its own wa
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import os
 import statistics
@@ -220,6 +221,15 @@ def main() -> int:
     if chosen.one:
         one_process.report(run_one(chosen.one, chosen.repeats, chosen.lines))
         return 0
+    from gemma_lora.files import write_json_atomic
+    from gemma_lora.hardware import machine
+    from gemma_lora.job import versions
+
+    found = versions()
+    for name in ("torch", "transformers", "peft"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    settings = {"rows": ROWS, "length": LENGTH, "rank": RANK, "targets": ["query", "value"], "lines": chosen.lines}
     results = {}
     for peer in chosen.peers:
         limits = ["--repeats", str(chosen.repeats), "--lines", str(chosen.lines)]
@@ -232,19 +242,8 @@ def main() -> int:
             f"{r['loss_tokens_per_second']:7.1f} loss tokens/s  ({r['batching']})",
             flush=True,
         )
-    from gemma_lora.files import write_json_atomic
-    from gemma_lora.hardware import machine
-    from gemma_lora.job import versions
-
-    found = versions()
-    for name in ("torch", "transformers", "peft"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            pass
-    settings = {"rows": ROWS, "length": LENGTH, "rank": RANK, "targets": ["query", "value"], "lines": chosen.lines}
-    record = {"results": results, "settings": settings, "machine": machine(), "versions": found}
-    write_json_atomic(chosen.output, record)
+        record = {"results": results, "settings": settings, "machine": machine(), "versions": found}
+        write_json_atomic(chosen.output, record)  # after each peer: one that fails costs its own time only
     print(f"written to {chosen.output}")
     return 0
 
