@@ -225,9 +225,9 @@ def test_finetune_passes_every_option_on(command, monkeypatch, tmp_path):
     options = {"data": "d.jsonl", "run_dir": "r", "model": "m.gguf", "rank": 3, "alpha": 5.0, "dropout": 0.1}
     options |= {"learning_rate": 0.01, "epochs": 2, "limit": 7, "rows": 5, "row_length": 99, "seed": 4}
     words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
-    status, _, err = command("finetune", *words, "--targets", "query, down", "--rslora", "--skip-bad-lines")
+    status, _, err = command("finetune", *words, "--targets", "query, down", "--rslora", "--dora", "--skip-bad-lines")
     assert status == 0, err
-    expected = options | {"targets": ("query", "down"), "rslora": True, "skip_bad_lines": True}
+    expected = options | {"targets": ("query", "down"), "rslora": True, "dora": True, "skip_bad_lines": True}
     assert {name: getattr(seen[0], name) for name in expected} == expected
 
 
