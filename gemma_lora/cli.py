@@ -47,6 +47,9 @@ def finetune(
     ] = "all-linear",
     dropout: Annotated[float, typer.Option(min=0.0, max=0.99, help="Dropout on the update's input.")] = 0.0,
     rslora: Annotated[bool, typer.Option("--rslora", help="Scale by alpha/sqrt(rank).")] = False,
+    dora: Annotated[
+        bool, typer.Option("--dora", help="DoRA: train the length of a kernel's columns apart from their direction.")
+    ] = False,
     learning_rate: Annotated[float, typer.Option(min=0.0, help="Peak rate of Adam.")] = 5e-4,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training lines.")] = 1,
     limit: Annotated[int | None, typer.Option(min=1, help="Train on the first so many lines only.")] = None,
@@ -93,6 +96,7 @@ def finetune(
             targets=names,
             dropout=dropout,
             rslora=rslora,
+            dora=dora,
             learning_rate=learning_rate,
             epochs=epochs,
             limit=limit,

@@ -128,7 +128,10 @@ class _Engine:
         # With its update added, a layer costs one product a token instead of three. Packed weights stay packed.
         self.adapted = [layer for layer in lora_layers(self.backbone) if not layer.is_packed]
         whole = [layer.whole_matrix() for layer in self.adapted]
-        self.values = ([v.value for v in self.variables], whole)
+        # Beside packed weights DoRA's scale is computed once, not for every token.
+        self.scaled = [layer for layer in lora_layers(self.backbone) if layer.is_packed and layer.dora]
+        scales = [layer.column_scale() for layer in self.scaled]
+        self.values = ([v.value for v in self.variables], whole, scales)
         self.prefill = jax.jit(self._prefill, donate_argnums=(2,))
         self.decode = jax.jit(self._decode, donate_argnums=(1, 3), static_argnames=("max_steps",))
 
@@ -154,16 +157,20 @@ class _Engine:
 
     @contextlib.contextmanager
     def _scope(self, values):
-        """While a program is traced: the model's weights, and LoRA's kernels with their updates, are `values`."""
-        values, whole = values
+        """While a program is traced: weights, LoRA's kernels with their updates and DoRA's scales are `values`."""
+        values, whole, scales = values
         for layer, matrix in zip(self.adapted, whole, strict=True):
             layer.whole_kernel = lambda matrix=matrix: matrix
+        for layer, scale in zip(self.scaled, scales, strict=True):
+            layer.fixed_scale = lambda scale=scale: scale
         try:
             with keras.StatelessScope(state_mapping=list(zip(self.variables, values, strict=True))):
                 yield
         finally:
             for layer in self.adapted:
                 layer.whole_kernel = None
+            for layer in self.scaled:
+                layer.fixed_scale = None
 
     def _prefill(self, values, token_ids, caches, index):
         with self._scope(values):

@@ -45,6 +45,7 @@ class Settings:
     targets: tuple[str, ...] | str = "all-linear"
     dropout: float = 0.0
     rslora: bool = False
+    dora: bool = False
     learning_rate: float = 5e-4
     warmup: float = 0.06
     epochs: int = 1
@@ -122,6 +123,7 @@ def finetune(settings: Settings, console: Console | None = None, overwrite: bool
         targets=settings.targets,
         dropout=settings.dropout,
         rslora=settings.rslora,
+        dora=settings.dora,
         seed=settings.seed,
     )
     names = ["learning_rate", "warmup", "rows", "row_length", "accumulate", "remat"]

@@ -6,8 +6,8 @@ is (d_in, rank), `lora_b` is (rank, d_out), and
 
     y = x @ kernel + scaling * (x @ lora_a) @ lora_b
 
-The product `lora_a @ lora_b` is formed only to merge. These layers work on any Keras model;
-KerasHub's Gemma is one of them.
+The product `lora_a @ lora_b` is formed only to merge. With DoRA the outputs are scaled too; `dora.py` has that
+mathematics. These layers work on any Keras model; KerasHub's Gemma is one of them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from gemma_lora import dora as dora_numbers
 from gemma_lora.backend import require_jax
 from gemma_lora.files import GemmaLoraError
 from gemma_lora.mixed_precision import frozen_product
@@ -99,11 +100,19 @@ def matrix_shape(layer: keras.layers.Layer) -> tuple[int, int]:
     return math.prod(sizes[a] for a in contracted), math.prod(sizes[a] for a in new)
 
 
+def kernel_matrix(layer: keras.layers.Layer):
+    """The kernel of a `Dense` or `EinsumDense` layer as `(d_in, d_out)`; a packed one is decoded."""
+    kernel = ops.convert_to_tensor(layer._kernel)
+    return kernel if isinstance(layer, keras.layers.Dense) else matrix_of(layer.equation, kernel)
+
+
 class _LoRALayer(keras.layers.Layer):
-    """What `LoRADense` and `LoRAEinsumDense` share: A, B, the scaling, merge and unmerge.
+    """What `LoRADense` and `LoRAEinsumDense` share: A, B, the scaling, DoRA's magnitude, merge and unmerge.
 
     Invariants: `base` is frozen; `lora_a` is (d_in, rank) and `lora_b` is (rank, d_out), both
-    float32; while `merged` is True the base kernel holds kernel + delta and the layer adds nothing.
+    float32; while `merged` is True the base kernel holds kernel + delta (with DoRA, scaled) and the layer adds
+    nothing. With DoRA `magnitude` (d_out,) is trained too, and `kernel_squares` (d_out,) says how long the base
+    kernel's columns are while it is not merged.
     """
 
     def __init__(
@@ -113,6 +122,7 @@ class _LoRALayer(keras.layers.Layer):
         alpha: float | None = None,
         dropout: float = 0.0,
         rslora: bool = False,
+        dora: bool = False,
         seed: int | None = None,
         **kwargs,
     ):
@@ -129,6 +139,7 @@ class _LoRALayer(keras.layers.Layer):
         self.rank = rank
         self.alpha = float(rank if alpha is None else alpha)
         self.rslora = bool(rslora)
+        self.dora = bool(dora)
         self.dropout_rate = float(dropout)
         self.seed = seed
         self.merged = False
@@ -137,10 +148,15 @@ class _LoRALayer(keras.layers.Layer):
         self.rounded_kernel: Callable[[], Any] | None = None
         # the kernel with the update added, while generating (`generation.generate`)
         self.whole_kernel: Callable[[], Any] | None = None
+        # In the place of `column_scale`, the same computed once, while generating.
+        self.fixed_scale: Callable[[], Any] | None = None
+        self._undo: dora_numbers.Undo | None = None  # while merged with DoRA
         self.dropout = keras.layers.Dropout(dropout, seed=seed) if dropout else None
         for variable in base.variables:
             variable.trainable = False
         self._add_factors()
+        if dora:
+            self._add_magnitude()
         self.built = True
 
     @property
@@ -164,6 +180,15 @@ class _LoRALayer(keras.layers.Layer):
             dtype="float32",
         )
         self.lora_b = self.add_weight(name="lora_b", shape=(self.rank, d_out), initializer="zeros", dtype="float32")
+
+    def _add_magnitude(self) -> None:
+        """DoRA's magnitude, which starts at the norms of the kernel's columns: the layer then changes nothing."""
+        squares = dora_numbers.column_squares(kernel_matrix(self.base))
+        named = {"shape": squares.shape, "dtype": "float32", "initializer": "zeros", "autocast": False}
+        self.magnitude = self.add_weight(name="magnitude", **named)
+        self.magnitude.assign(ops.sqrt(squares))
+        self.kernel_squares = self.add_weight(name="kernel_squares", trainable=False, **named)
+        self.kernel_squares.assign(squares)
 
     def matrix_shape(self) -> tuple[int, int]:
         """`(d_in, d_out)` of the kernel seen as a matrix."""
@@ -189,10 +214,21 @@ class _LoRALayer(keras.layers.Layer):
         """The update scaling * A @ B, `(d_in, d_out)`, float32."""
         return self.scaling * ops.matmul(self.lora_a, self.lora_b)
 
+    def column_scale(self):
+        """DoRA's factor of each output, magnitude / ||kernel + delta||: `(d_out,)`, float32. Not while merged."""
+        if self.fixed_scale is not None:
+            return self.fixed_scale()
+        factors = (self.lora_a.value, self.lora_b.value)
+        norms = dora_numbers.column_norms(kernel_matrix(self.base), self.kernel_squares.value, *factors, self.scaling)
+        return dora_numbers.column_scale(self.magnitude.value, norms)
+
     def whole_matrix(self):
         """Kernel and update in one matrix, `(d_in, d_out)`, in the kernel's dtype."""
-        kernel = self.to_matrix(ops.convert_to_tensor(self.base._kernel))
-        return kernel if self.merged else ops.cast(ops.cast(kernel, "float32") + self.delta(), kernel.dtype)
+        kernel = kernel_matrix(self.base)
+        if self.merged:
+            return kernel
+        whole = ops.cast(kernel, "float32") + self.delta()
+        return ops.cast(self.column_scale() * whole if self.dora else whole, kernel.dtype)
 
     def call(self, inputs, training=None):
         batch = self._batch_axes(inputs)
@@ -209,7 +245,25 @@ class _LoRALayer(keras.layers.Layer):
         lora_a = ops.cast(self.lora_a, x.dtype)
         lora_b = ops.cast(self.lora_b * self.scaling, x.dtype)
         update = ops.matmul(ops.matmul(x, lora_a), lora_b)  # (tokens, rank) -> (tokens, d_out)
-        return y + ops.reshape(update, (*batch, *self._output_axes()))
+        update = ops.reshape(update, (*batch, *self._output_axes()))
+        if not self.dora:
+            return y + update
+        dropped = ops.reshape(x, ops.shape(inputs)) if training and self.dropout is not None else None
+        return self._scaled_output(y, update, dropped, training)
+
+    def _scaled_output(self, y, update, dropped, training):
+        """DoRA's output from the base's `y` and LoRA's update.
+
+        scale * (x @ kernel + update) + bias. Where dropout gave the update other inputs, DoRA's change to the kernel's
+        product takes them too, as PEFT has it: y + (scale - 1) * (dropped @ kernel) + scale * update.
+        """
+        bias = None if self.base.bias is None else ops.cast(self.base.bias, y.dtype)
+        straight = y if dropped is None else self._frozen_output(dropped, training)
+        if bias is not None:
+            straight = straight - bias
+        rest = bias if dropped is None else y - straight
+        scale = ops.reshape(self.column_scale(), self._output_axes())
+        return dora_numbers.output(straight, update, scale, rest)
 
     def _frozen_output(self, inputs, training):
         """The base layer's output; in mixed precision while training, if that is asked for."""
@@ -228,19 +282,21 @@ class _LoRALayer(keras.layers.Layer):
                 "Keep the adapter apart, or call `dequantize_base(model)` first."
             )
         if not self.merged:
-            self._shift_kernel(+1.0)
+            whole = self.whole_matrix()
+            self._undo = dora_numbers.Undo.of(kernel_matrix(self.base), self.column_scale()) if self.dora else None
+            self._set_kernel(whole)
             self.merged = True
 
     def unmerge(self) -> None:
         """Takes the update out of the base kernel again (exact to rounding of the kernel's dtype)."""
         if self.merged:
-            self._shift_kernel(-1.0)
-            self.merged = False
+            whole, delta = ops.cast(kernel_matrix(self.base), "float32"), self.delta()
+            self._set_kernel(whole - delta if self._undo is None else self._undo.kernel(whole, delta))
+            self.merged, self._undo = False, None
 
-    def _shift_kernel(self, sign: float) -> None:
+    def _set_kernel(self, matrix) -> None:
         kernel = self.base._kernel
-        update = self.to_kernel(self.delta())
-        kernel.assign(ops.cast(ops.cast(kernel, "float32") + sign * update, kernel.dtype))
+        kernel.assign(ops.cast(self.to_kernel(matrix), kernel.dtype))
 
     def compute_output_shape(self, input_shape):
         return self.base.compute_output_shape(input_shape)
@@ -253,6 +309,7 @@ class _LoRALayer(keras.layers.Layer):
             "alpha": self.alpha,
             "dropout": self.dropout_rate,
             "rslora": self.rslora,
+            "dora": self.dora,
             "seed": self.seed,
         }
 
@@ -275,6 +332,8 @@ class LoRADense(_LoRALayer):
         alpha: Float; the update is scaled by alpha / rank. Defaults to `rank`, a scaling of 1.
         dropout: Float in [0, 1), on the update's input while training.
         rslora: If True the scaling is alpha / sqrt(rank).
+        dora: If True, DoRA: each output is scaled by magnitude / norm, with a trainable `magnitude` (d_out,) and the
+            norm of that output's column of kernel + scaling * lora_a @ lora_b.
         seed: Integer seed of A's start and of dropout.
 
     Example:
@@ -284,7 +343,7 @@ class LoRADense(_LoRALayer):
     >>> [tuple(v.shape) for v in layer.trainable_variables]
     [(3, 2), (2, 4)]
 
-    Reference: Hu et al. 2021, section 4.1; the paper writes B A for our A @ B.
+    Reference: Hu et al. 2021, section 4.1; the paper writes B A for our A @ B. DoRA: `dora.py`.
     """
 
     def __init__(self, base, rank, **kwargs):
@@ -322,7 +381,7 @@ class LoRAEinsumDense(_LoRALayer):
     Args:
         base: A built `EinsumDense` without activation, whose equation is a matrix product over the
             input's last axes. It is frozen.
-        rank, alpha, dropout, rslora, seed: As in `LoRADense`.
+        rank, alpha, dropout, rslora, dora, seed: As in `LoRADense`.
 
     Example:
 
@@ -407,6 +466,7 @@ def apply_lora(
     targets: str | Sequence[str] = ("query", "value"),
     dropout: float = 0.0,
     rslora: bool = False,
+    dora: bool = False,
     seed: int = 0,
 ) -> keras.Model:
     """Gives a model's targeted linear layers LoRA, in place, and freezes everything else.
@@ -419,6 +479,9 @@ def apply_lora(
         targets: Any of query, key, value, attention_output, gate, up, down, or `"all-linear"`.
         dropout: Float in [0, 1).
         rslora: If True scaling is alpha / sqrt(rank).
+        dora: If True, DoRA (Liu et al. 2024, https://arxiv.org/abs/2402.09353): each output's column of the kernel is
+            split into its length, which is trained as it is, and its direction, which LoRA changes. With dropout a
+            training step then forms each frozen product twice.
         seed: Integer; layer i starts from seed + i.
 
     Returns:
@@ -444,6 +507,7 @@ def apply_lora(
             alpha=2.0 * rank if alpha is None else alpha,
             dropout=dropout,
             rslora=rslora,
+            dora=dora,
             seed=seed + index,
         )
         _replace(parent, attribute, new)

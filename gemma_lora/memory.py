@@ -161,13 +161,16 @@ def target_names(configuration: Configuration, targets: str | Sequence[str]) -> 
     return chosen
 
 
-def lora_parameters(configuration: Configuration, rank: int, targets: str | Sequence[str] = ("query", "value")) -> int:
-    """The trainable numbers of LoRA: `rank · (d_in + d_out)` for each target in each block.
+def lora_parameters(
+    configuration: Configuration, rank: int, targets: str | Sequence[str] = ("query", "value"), dora: bool = False
+) -> int:
+    """The trainable numbers of LoRA: `rank · (d_in + d_out)` for each target in each block, and DoRA's d_out more.
 
     Args:
         configuration: The model's shape.
         rank: Integer of at least 1.
         targets: `"all-linear"`, or any of query, key, value, attention_output, gate, up, down.
+        dora: Whether there is a magnitude for each output.
 
     Returns:
         An integer.
@@ -186,7 +189,14 @@ def lora_parameters(configuration: Configuration, rank: int, targets: str | Sequ
     """
     _integer("rank", rank)
     shapes = configuration.matrices()
-    return configuration.layers * sum(rank * sum(shapes[name]) for name in target_names(configuration, targets))
+    factors = configuration.layers * sum(rank * sum(shapes[name]) for name in target_names(configuration, targets))
+    return factors + (configuration.layers * _outputs(configuration, targets) if dora else 0)
+
+
+def _outputs(c: Configuration, targets: str | Sequence[str]) -> int:
+    """The targets' outputs in one block: DoRA's magnitudes."""
+    shapes = c.matrices()
+    return sum(shapes[name][1] for name in target_names(c, targets))
 
 
 # --- bytes -------------------------------------------------------------------------------------------------
@@ -242,6 +252,7 @@ def plan(
     method: str = "lora",
     rank: int = 16,
     targets: str | Sequence[str] = "all-linear",
+    dora: bool = False,
     rows: int = 1,
     row_length: int = 384,
     dtype: str = "float32",
@@ -257,7 +268,8 @@ def plan(
         configuration: The model's shape, from `CONFIGURATIONS` or `configuration_of`.
         method: `"full"` trains all weights, `"lora"` A and B, `"qlora"` A and B beside quantized linear layers and
             an embedding in int8 rows.
-        rank, targets: LoRA's, see `lora_parameters`.
+        rank, targets, dora: LoRA's, see `lora_parameters`. DoRA also keeps the squares of the columns' norms, and each
+            target's output from before it is scaled.
         rows, row_length: A batch is `rows` × `row_length` tokens.
         dtype: `"float32"`, `"bfloat16"` or `"float16"`, of weights that are not quantized, of activations and, in full
             fine-tuning, of gradients. Adam's moments, A and B and their gradients are float32.
@@ -290,10 +302,11 @@ def plan(
         _integer(name, number)
     size, tokens = BYTES[dtype], rows * row_length
     everything = parameters(c)
-    trainable = everything if method == "full" else lora_parameters(c, rank, targets)
+    trainable = everything if method == "full" else lora_parameters(c, rank, targets, dora)
     weights, constants = _weight_bytes(c, method, quantization, size)
-    adapter = 0 if method == "full" else BYTES["float32"] * trainable
-    one_block = activation_floats(c, row_length)
+    scaled = _outputs(c, targets) if dora and method != "full" else 0
+    adapter = 0 if method == "full" else BYTES["float32"] * (trainable + c.layers * scaled)
+    one_block = activation_floats(c, row_length) + scaled
     floats = c.layers * c.width + one_block if remat else c.layers * one_block
     logits = FULL_LOGITS * BYTES["float32"] * c.vocabulary if full_logits else BYTES["float32"] * 2 * c.width
     return Plan(

@@ -1,8 +1,8 @@
 """LoRA adapters on disk: PEFT's folder of `adapter_config.json` and `adapter_model.safetensors`.
 
 Hugging Face's PEFT stores `lora_A.weight` as (rank, d_in) and `lora_B.weight` as (d_out, rank), the transposes of
-ours, under the module names of transformers' Gemma. A `template.json` beside them keeps the text around a
-prompt; PEFT ignores it.
+ours, under the module names of transformers' Gemma, and with DoRA `lora_magnitude_vector` as (d_out,). A
+`template.json` beside them keeps the text around a prompt; PEFT ignores it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ require_jax()
 import keras  # noqa: E402
 
 from gemma_lora import lora  # noqa: E402
+from gemma_lora.dora import column_squares  # noqa: E402
 from gemma_lora.files import GemmaLoraError, atomic_path, write_json_atomic  # noqa: E402
 
 #: Our target names -> (attribute path in a KerasHub block, module path in transformers' block).
@@ -35,6 +36,8 @@ _MODULES = {
     "up": ("gating_ffw_2", "mlp.up_proj"),
     "down": ("ffw_linear", "mlp.down_proj"),
 }
+#: PEFT's names of what an adapter holds for a module; the last with DoRA only.
+_FACTORS, _MAGNITUDE = ("lora_A", "lora_B"), "lora_magnitude_vector"
 _CONFIG, _WEIGHTS, _TEMPLATE = "adapter_config.json", "adapter_model.safetensors", "template.json"
 
 
@@ -97,6 +100,8 @@ def save_adapter(
         name = f"base_model.model.{slot.module}"
         tensors[f"{name}.lora_A.weight"] = np.ascontiguousarray(np.asarray(slot.layer.lora_a, np.float32).T)
         tensors[f"{name}.lora_B.weight"] = np.ascontiguousarray(np.asarray(slot.layer.lora_b, np.float32).T)
+        if slot.layer.dora:
+            tensors[f"{name}.{_MAGNITUDE}"] = np.asarray(slot.layer.magnitude, np.float32)
     folder = Path(folder)
     with atomic_path(folder / _WEIGHTS) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
@@ -121,7 +126,7 @@ def _config(adapted: list[Slot], base_model: str) -> dict[str, Any]:
         "lora_alpha": layer.alpha,
         "lora_dropout": layer.dropout_rate,
         "use_rslora": layer.rslora,
-        "use_dora": False,
+        "use_dora": layer.dora,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -135,41 +140,46 @@ def _config(adapted: list[Slot], base_model: str) -> dict[str, Any]:
 
 
 def load_adapter(model: keras.Model, folder: str | os.PathLike) -> keras.Model:
-    """Gives a model the LoRA layers of a PEFT adapter folder, in place of any it has.
+    """Gives a model the LoRA layers of a PEFT adapter folder, in place of any it has, of either kind.
 
     Args:
         model: A KerasHub Gemma.
-        folder: A folder written by `save_adapter` or by PEFT (LoRA, safetensors).
+        folder: A folder written by `save_adapter` or by PEFT (LoRA or DoRA, safetensors).
 
     Returns:
         The same model; `model.gemma_lora_template` is the folder's template, or None.
 
     Raises:
         GemmaLoraError: If a file is missing or damaged, the adapter is of a kind that is not read, a tensor
-            fits no layer of this model, or the adapter changes nothing (every B is zero).
+            fits no layer of this model, or the adapter changes nothing (every B is zero, and with DoRA every
+            magnitude is the norm of its column).
     """
     folder = Path(folder)
     config = _read_config(folder)
-    pairs = _read_pairs(folder / _WEIGHTS)
+    dora = bool(config.get("use_dora"))
+    modules = _read_modules(folder / _WEIGHTS, dora)
     places = {slot.module: slot for slot in slots(model)}
-    _check_fit(folder, pairs, places)
     if any(getattr(layer, "merged", False) for layer in lora.lora_layers(model)):
         raise GemmaLoraError("The model holds a merged adapter. Call `unmerge_lora(model)` before another is loaded.")
+    _check_fit(folder, modules, places)
     lora.detach_lora(model)
     for variable in model.variables:
         variable.trainable = False
-    for module, (a, b) in pairs.items():
+    for module, tensors in modules.items():
         slot = places[module]
         cls = lora.LoRADense if isinstance(slot.layer, keras.layers.Dense) else lora.LoRAEinsumDense
         layer = cls(
             slot.layer,
-            a.shape[0],
+            tensors["lora_A"].shape[0],
             alpha=config["lora_alpha"],
             dropout=config.get("lora_dropout", 0.0),
             rslora=config.get("use_rslora", False),
+            dora=dora,
         )
-        layer.lora_a.assign(a.T)
-        layer.lora_b.assign(b.T)
+        layer.lora_a.assign(tensors["lora_A"].T)
+        layer.lora_b.assign(tensors["lora_B"].T)
+        if dora:
+            layer.magnitude.assign(tensors[_MAGNITUDE])
         lora._replace(slot.parent, slot.attribute, layer)
     model.gemma_lora_template = _read_template(folder)
     return model
@@ -186,16 +196,16 @@ def _read_config(folder: Path) -> dict[str, Any]:
     kind = config.get("peft_type")
     if kind != "LORA":
         raise GemmaLoraError(f"{path}: peft_type is {kind!r}; only 'LORA' adapters are read.")
-    for name, plain in (("use_dora", False), ("rank_pattern", {}), ("alpha_pattern", {}), ("modules_to_save", [])):
-        if config.get(name) not in (None, plain, {}, []):
+    for name in ("rank_pattern", "alpha_pattern", "modules_to_save"):
+        if config.get(name) not in (None, {}, []):
             raise GemmaLoraError(f"{path}: {name} is {config[name]!r}, which is not supported.")
     if not isinstance(config.get("lora_alpha"), int | float):
         raise GemmaLoraError(f"{path}: lora_alpha must be a number. Received: {config.get('lora_alpha')!r}")
     return config
 
 
-def _read_pairs(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """`{module: (A (rank, d_in), B (d_out, rank))}` of a safetensors file."""
+def _read_modules(path: Path, dora: bool) -> dict[str, dict[str, np.ndarray]]:
+    """What a file holds: `{module: {"lora_A": (rank, d_in), "lora_B": (d_out, rank)}}`, DoRA's vector (d_out,) too."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
@@ -205,37 +215,57 @@ def _read_pairs(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         tensors = load_file(path)
     except (SafetensorError, TypeError, KeyError, ValueError) as error:
         raise GemmaLoraError(f"{path}: cannot be read ({error}). Save the adapter again, in float32.") from error
-    pairs: dict[str, dict[str, np.ndarray]] = {}
+    wanted = (*_FACTORS, _MAGNITUDE) if dora else _FACTORS
+    modules: dict[str, dict[str, np.ndarray]] = {}
     for name, tensor in tensors.items():
         module, _, factor = name.removesuffix(".weight").rpartition(".")
-        if factor not in ("lora_A", "lora_B"):
+        if factor == _MAGNITUDE and not dora:
+            raise GemmaLoraError(f"{path}: tensor {name} is DoRA's, but use_dora is not true in {_CONFIG}.")
+        if factor not in wanted:
             raise GemmaLoraError(f"{path}: tensor {name} is neither lora_A nor lora_B; it is not supported.")
         module = module.removeprefix("base_model.model.")
         # Multimodal Gemma 3 checkpoints nest the text model one level deeper.
         module = module.replace("model.language_model.", "model.").replace("language_model.model.", "model.")
-        pairs.setdefault(module, {})[factor] = np.asarray(tensor, np.float32)
-    incomplete = [module for module, pair in pairs.items() if len(pair) != 2]
-    if incomplete:
-        raise GemmaLoraError(f"{path}: {incomplete[0]} lacks lora_A or lora_B. Save the adapter again.")
-    return {module: (pair["lora_A"], pair["lora_B"]) for module, pair in pairs.items()}
+        modules.setdefault(module, {})[factor] = np.asarray(tensor, np.float32)
+    for module, found in modules.items():
+        if missing := [factor for factor in wanted if factor not in found]:
+            raise GemmaLoraError(f"{path}: {module} lacks {' and '.join(missing)}. Save the adapter again.")
+    return modules
 
 
-def _check_fit(folder: Path, pairs: dict, places: dict[str, Slot]) -> None:
-    unmatched = [module for module in pairs if module not in places]
-    if unmatched or not pairs:
-        what = f"{len(unmatched)} of {len(pairs)} modules, {unmatched[0]} first," if unmatched else "nothing in it"
+def _check_fit(folder: Path, modules: dict[str, dict[str, np.ndarray]], places: dict[str, Slot]) -> None:
+    unmatched = [module for module in modules if module not in places]
+    if unmatched or not modules:
+        what = f"{len(unmatched)} of {len(modules)} modules, {unmatched[0]} first," if unmatched else "nothing in it"
         raise GemmaLoraError(f"{folder}: {what} match no layer of this model. The adapter is for another model.")
-    for module, (a, b) in pairs.items():
-        layer = places[module].layer
-        base = layer.base if isinstance(layer, lora._LoRALayer) else layer
-        d_in, d_out = lora.matrix_shape(base)
+    for module, tensors in modules.items():
+        a, b = (tensors[name] for name in _FACTORS)
+        d_in, d_out = lora.matrix_shape(_base(places[module]))
         if a.shape[1:] != (d_in,) or b.shape != (d_out, a.shape[0]):
             raise GemmaLoraError(
                 f"{folder}: {module} has A {a.shape} and B {b.shape}; this model needs A (rank, {d_in}) and "
                 f"B ({d_out}, rank). The adapter is for another model."
             )
-    if not any(np.any(b) for _, b in pairs.values()):
+        if _MAGNITUDE in tensors and tensors[_MAGNITUDE].shape != (d_out,):
+            raise GemmaLoraError(
+                f"{folder}: {module} has a magnitude {tensors[_MAGNITUDE].shape}; this model needs ({d_out},). "
+                "The adapter is for another model."
+            )
+    if not any(_changes(tensors, places[module]) for module, tensors in modules.items()):
         raise GemmaLoraError(f"{folder}: the adapter changes nothing (every lora_B is zero). It was never trained.")
+
+
+def _base(slot: Slot) -> keras.layers.Layer:
+    """The linear layer in a place, without the LoRA that may stand around it."""
+    return slot.layer.base if isinstance(slot.layer, lora._LoRALayer) else slot.layer
+
+
+def _changes(tensors: dict[str, np.ndarray], slot: Slot) -> bool:
+    """Whether a module's adapter changes what the layer gives."""
+    if np.any(tensors["lora_B"]) or _MAGNITUDE not in tensors:
+        return bool(np.any(tensors["lora_B"]))
+    norms = np.sqrt(column_squares(lora.kernel_matrix(_base(slot))))
+    return not np.allclose(tensors[_MAGNITUDE], norms, rtol=1e-4)
 
 
 def _read_template(folder: Path):

@@ -373,8 +373,8 @@ def _unpack_embedding(embedding: PackedEmbedding) -> None:
 def merging_error(model: keras.Model) -> dict[str, float]:
     """What would be lost if each update were added to its weights and the sum packed again, as a share of the update.
 
-    `|decode(encode(W + ΔW)) − (W + ΔW)| / |ΔW|`, Frobenius norms, W being what the codes stand for. Above 1, the
-    rounding is larger than what was learned.
+    `|decode(encode(W + ΔW)) − (W + ΔW)| / |ΔW|`, Frobenius norms, W being what the codes stand for. With DoRA ΔW is
+    all that merging changes. Above 1, the rounding is larger than what was learned.
 
     Returns:
         `{"0 query": share, "1 key": …}`: every LoRA layer on a packed base, by its number in the model and its name.
@@ -390,8 +390,8 @@ def merging_error(model: keras.Model) -> dict[str, float]:
         encoding = layer.base.encoding
         if isinstance(encoding, packed.GGUFBlocks):
             raise GemmaLoraError(f"Layer {name}: {encoding.kind} blocks are read from a file and not made here.")
-        update = np.asarray(layer.delta()).T
-        whole = np.asarray(layer.base.matrix()).T + update
+        whole = np.asarray(layer.whole_matrix()).T
+        update = whole - np.asarray(layer.base.matrix()).T
         again = np.asarray(encoding.decode(encoding.encode(np.ascontiguousarray(whole))))
         norm = float(np.linalg.norm(update))
         errors[name] = float(np.linalg.norm(again - whole)) / norm if norm else float("inf")

@@ -161,7 +161,7 @@ class _Checkpoints(keras.callbacks.Callback):
 
 
 class FineTuner(keras.Model):
-    """Trains what is trainable in a KerasHub Gemma (after `apply_lora`: A and B) on packed examples.
+    """Trains what is trainable in a KerasHub Gemma (after `apply_lora`: A, B, DoRA's magnitude) on packed examples.
 
     Args:
         model: A KerasHub Gemma `CausalLM`, usually after `apply_lora` or `apply_adapters`.
@@ -178,8 +178,8 @@ class FineTuner(keras.Model):
             memory, more time.
         mixed_precision: If True, the frozen kernels beside LoRA and the loss's products are formed in bfloat16 with
             sums in float32, which is faster on processors with AVX512-BF16; see `chunked_cross_entropy`. Rounded
-            copies of the weights are kept for it. A, B and the optimizer stay float32, and so does everything
-            outside training.
+            copies of the weights are kept for it. A, B, DoRA's magnitude and norms and the optimizer stay float32,
+            and so does everything outside training.
         filter_gradient: If True, blocks of the vocabulary that have next to no share in any token's softmax are left
             out of the loss's gradient; see `chunked_cross_entropy`. By default as `mixed_precision`.
         checkpoint_seconds: Float, seconds between checkpoints.
@@ -363,12 +363,9 @@ class FineTuner(keras.Model):
         some_tokens = np.arange(min(64, backbone.token_embedding.input_dim))
         base.update(np.asarray(backbone.token_embedding(some_tokens)).tobytes())
         packed = sorted({type(layer.encoding).__name__ for layer in packed_layers(self.causal_lm)})
-        lora = sorted(
-            {
-                (layer.name, layer.rank, layer.alpha, layer.dropout_rate, layer.rslora)
-                for layer in lora_layers(self.causal_lm)
-            }
-        )
+        layers = lora_layers(self.causal_lm)
+        lora = sorted({(layer.name, layer.rank, layer.alpha, layer.dropout_rate, layer.rslora) for layer in layers})
+        dora = sorted({layer.name for layer in layers if layer.dora})
         return {
             **self.settings,
             **more,
@@ -377,6 +374,8 @@ class FineTuner(keras.Model):
             "batches": len(batches),
             "data (SHA-256 of the batches)": digest.hexdigest(),
             "base model (SHA-256 of some weights)": base.hexdigest(),
+            # Named only where they are, so that runs from before there were such settings go on.
+            **({"dora (layer)": dora} if dora else {}),
             **({"base model's encodings": packed} if packed else {}),
         }
 

@@ -28,11 +28,11 @@ STATE = checkpoint.Checkpoint(
 )
 
 
-def tuner_in(folder, dropout=0.2, **named):
+def tuner_in(folder, dropout=0.2, dora=False, **named):
     """A tiny Gemma with dropout, so that the random state matters too; a checkpoint after every step."""
     model = tiny_gemma()
     model.preprocessor = type("Preprocessor", (), {"tokenizer": CharacterTokenizer()})()
-    lora.apply_lora(model, rank=2, dropout=dropout)
+    lora.apply_lora(model, rank=2, dropout=dropout, dora=dora)
     settings = {"rows": 1, "row_length": 48, "checkpoint_seconds": 0.0, **named}
     return FineTuner(model, run_dir=folder, **settings)
 
@@ -77,6 +77,19 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_bits(tmp_path, whole, caps
     assert [row["step"] for row in rows] == list(range(1, len(whole.log.rows) + 1))
     # The log takes a step's loss from Keras's running mean in float32, which starts anew when a run goes on.
     np.testing.assert_allclose([row["loss"] for row in rows], [row["loss"] for row in whole.log.rows], rtol=1e-5)
+
+
+def test_doras_magnitude_goes_on_too(tmp_path):
+    right = train(tmp_path / "whole", dora=True)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "stopped", [StopAt(3)], dora=True)
+    tuner = train(tmp_path / "stopped", dora=True)
+    names = [v.name for v in tuner.causal_lm.trainable_variables]
+    assert names.count("magnitude") == 4
+    for ours, theirs in zip(weights_of(tuner), weights_of(right), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    start = tuner_in(None, dora=True)
+    assert all(np.any(new != old) for new, old in zip(weights_of(tuner), weights_of(start), strict=True))
 
 
 KILLED = """
@@ -132,7 +145,12 @@ def test_a_finished_run_says_so_and_changes_nothing(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "change, named", [({"learning_rate": 1e-4}, "learning_rate was 0.0005, is 0.0001"), ({"dropout": 0.1}, "lora")]
+    "change, named",
+    [
+        ({"learning_rate": 1e-4}, "learning_rate was 0.0005, is 0.0001"),
+        ({"dropout": 0.1}, "lora"),
+        ({"dora": True}, "dora"),
+    ],
 )
 def test_changed_settings_are_named(tmp_path, change, named):
     with pytest.raises(KeyboardInterrupt):

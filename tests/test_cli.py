@@ -244,10 +244,11 @@ def test_finetune_passes_every_option_on(command, monkeypatch, tmp_path):
     options |= {"learning_rate": 0.01, "epochs": 2, "limit": 7, "rows": 5, "row_length": 99, "seed": 4}
     options |= {"quantization": "nf4"}
     words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
-    flags = ["--rslora", "--skip-bad-lines", "--double-quant"]
+    flags = ["--rslora", "--dora", "--skip-bad-lines", "--double-quant"]
     status, _, err = command("finetune", *words, "--targets", "query, down", *flags)
     assert status == 0, err
-    expected = options | {"targets": ("query", "down"), "rslora": True, "skip_bad_lines": True, "double_quant": True}
+    expected = options | {"targets": ("query", "down"), "rslora": True, "dora": True}
+    expected |= {"skip_bad_lines": True, "double_quant": True}
     assert {name: getattr(seen[0], name) for name in expected} == expected
 
 

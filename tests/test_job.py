@@ -155,6 +155,8 @@ def test_a_single_file_is_scored_on_its_validation_lines(tmp_path, monkeypatch):
         evaluate_base=False,
         limit=10,
         rank=2,
+        rslora=True,
+        dora=True,
         row_length=96,
         max_new_tokens=4,
     )
@@ -164,6 +166,8 @@ def test_a_single_file_is_scored_on_its_validation_lines(tmp_path, monkeypatch):
     assert metrics["model_note"] is None
     for text in (str(data), "[dim].gguf", "[/]", "run [/red]/"):
         assert text in shown.replace("\n", "")
+    adapter = json.loads((tmp_path / "run [/red]" / "adapter" / "adapter_config.json").read_text())
+    assert adapter["use_rslora"] is adapter["use_dora"] is True
     assert shown.count(" in " + str(data)) == 2 and "2 in " + str(data) in shown  # not JSON, too long
 
 

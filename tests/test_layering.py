@@ -20,6 +20,7 @@ LAYERS = {
         "mixed_precision",
         "packed",
         "remat",
+        "dora",
         "lora",
         "ptq",
         "adapters",

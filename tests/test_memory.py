@@ -26,9 +26,11 @@ def test_a_backbones_configuration_counts_its_parameters_and_loras(generation):
     model = tiny_gemma(generation, layers=3)
     configuration = memory.configuration_of(model.backbone)
     assert memory.parameters(configuration) == model.backbone.count_params()
-    lora.apply_lora(model, rank=3, targets=("key", "down"))
-    counted = sum(v.value.size for v in model.trainable_variables)
-    assert memory.lora_parameters(configuration, 3, ("key", "down")) == counted
+    for dora in (False, True):
+        lora.apply_lora(model, rank=3, targets=("key", "down"), dora=dora)
+        counted = sum(v.value.size for v in model.trainable_variables)
+        assert memory.lora_parameters(configuration, 3, ("key", "down"), dora) == counted
+        lora.detach_lora(model)
 
 
 def test_all_linear_layers_are_loras():
@@ -78,6 +80,16 @@ def test_parts_grow_with_what_they_depend_on():
     assert parts(accelerator=True)["process"] == 0
     plan = memory.plan(GEMMA_270M)
     assert plan.total == sum(plan.parts().values())
+
+
+@pytest.mark.parametrize("method", memory.METHODS)
+def test_dora_adds_a_magnitude_a_norm_and_an_activation_for_each_output(method):
+    plain, dora = (memory.plan(GEMMA_270M, method, targets=("query", "down"), dora=flag) for flag in (False, True))
+    outputs = 0 if method == "full" else 18 * (4 * 256 + 640)
+    assert dora.trainable - plain.trainable == outputs
+    assert dora.weights - plain.weights == dora.optimizer - plain.optimizer == 2 * 4 * outputs
+    assert dora.activations - plain.activations == 4 * outputs * 384
+    assert dora.total - plain.total == (2 + 2 + 1 + 384) * 4 * outputs
 
 
 @pytest.mark.parametrize("remat", [False, True])

@@ -29,9 +29,9 @@ def with_decoded_weights(model, seed=0):
     return plain
 
 
-def gradients(model):
-    """Loss and gradients of all A and B, B being random so that both have one."""
-    gl.apply_lora(model, rank=3, alpha=5, targets="all-linear", seed=1)
+def gradients(model, dora=False):
+    """Loss and gradients of all A and B (and DoRA's magnitudes), B being random so that both have one."""
+    gl.apply_lora(model, rank=3, alpha=5, targets="all-linear", dora=dora, seed=1)
     for i, layer in enumerate(lora.lora_layers(model)):
         layer.lora_b.assign(np.random.default_rng(i).normal(0, 0.1, layer.lora_b.shape))
     trained, frozen = model.backbone.trainable_variables, model.backbone.non_trainable_variables
@@ -49,16 +49,17 @@ def gradients(model):
     return jax.value_and_grad(loss)([v.value for v in trained], [v.value for v in frozen])
 
 
+@pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("scheme, double_quant", SCHEMES)
-def test_a_packed_model_is_the_model_with_the_decoded_weights(scheme, double_quant):
+def test_a_packed_model_is_the_model_with_the_decoded_weights(scheme, double_quant, dora):
     model = qlora.quantize_base(tiny_gemma(), scheme, double_quant, block_size=16)
     plain = with_decoded_weights(model)
     np.testing.assert_allclose(model.backbone(INPUTS), plain.backbone(INPUTS), rtol=1e-4, atol=1e-4)
     assert np.abs(np.asarray(tiny_gemma().backbone(INPUTS)) - np.asarray(plain.backbone(INPUTS))).max() > 1e-3
-    loss, found = gradients(model)
-    right_loss, right = gradients(plain)
+    loss, found = gradients(model, dora)
+    right_loss, right = gradients(plain, dora)
     assert float(loss) == pytest.approx(float(right_loss), rel=1e-5)
-    assert len(found) == len(right) == 2 * 14
+    assert len(found) == len(right) == (3 if dora else 2) * 14
     for a, b in zip(found, right, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * float(np.abs(b).max()))
 
@@ -91,10 +92,10 @@ def test_what_is_frozen_and_what_is_counted():
 
 @pytest.fixture
 def small(tokenizer):
-    def make(scheme="nf4"):
+    def make(scheme="nf4", dora=False):
         model = qlora.quantize_base(tiny_gemma(), scheme, block_size=16)
         model.preprocessor = types.SimpleNamespace(tokenizer=tokenizer)
-        return gl.apply_lora(model, rank=4, targets="all-linear")
+        return gl.apply_lora(model, rank=4, targets="all-linear", dora=dora)
 
     return make
 
@@ -103,9 +104,10 @@ LINES = [{"prompt": f"a{i}", "response": f"b{i % 7}"} for i in range(24)]
 PLAIN = Template(prompt="{prompt}=", response="{response}")
 
 
+@pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("more", [{"remat": True}, {"mixed_precision": True, "accumulate": 2}], ids=str)
-def test_fine_tuner_lowers_the_loss_and_leaves_the_codes(small, more):
-    model = small()
+def test_fine_tuner_lowers_the_loss_and_leaves_the_codes(small, more, dora):
+    model = small(dora=dora)
     before = [np.asarray(v).copy() for v in model.non_trainable_variables]
     tuner = gl.FineTuner(model, learning_rate=2e-2, rows=1, row_length=24, **more)
     tuner.fit(gl.load_dataset(LINES, template=PLAIN), epochs=6, verbose=0)
@@ -114,10 +116,11 @@ def test_fine_tuner_lowers_the_loss_and_leaves_the_codes(small, more):
     assert all(np.array_equal(a, v) for a, v in zip(before, model.non_trainable_variables, strict=True))
 
 
-def test_remat_gives_the_same_losses(small):
+@pytest.mark.parametrize("dora", [False, True])
+def test_remat_gives_the_same_losses(small, dora):
     runs = []
     for remat in (False, True):
-        tuner = gl.FineTuner(small(), learning_rate=1e-2, rows=1, row_length=24, remat=remat)
+        tuner = gl.FineTuner(small(dora=dora), learning_rate=1e-2, rows=1, row_length=24, remat=remat)
         tuner.fit(gl.load_dataset(LINES, template=PLAIN), verbose=0)
         runs.append([row["loss"] for row in tuner.log.rows])
     np.testing.assert_allclose(*runs, rtol=1e-4)
@@ -132,10 +135,13 @@ def test_a_stopped_run_goes_on_and_other_encodings_are_refused(small, tmp_path):
     run(small())  # finished: nothing to do
     with pytest.raises(gl.GemmaLoraError, match="other settings.*encodings"):
         run(small("int8"))
+    with pytest.raises(gl.GemmaLoraError, match="other settings.*dora"):
+        run(small(dora=True))
 
 
-def test_generation_is_that_of_the_decoded_model(small, tokenizer):
-    model = small()
+@pytest.mark.parametrize("dora", [False, True])
+def test_generation_is_that_of_the_decoded_model(small, tokenizer, dora):
+    model = small(dora=dora)
     for i, layer in enumerate(lora.lora_layers(model)):
         layer.lora_b.assign(np.random.default_rng(i).normal(0, 0.2, layer.lora_b.shape))
     found = gl.generate(model, ["a1", "a23"], PLAIN, max_new_tokens=12)
@@ -143,8 +149,9 @@ def test_generation_is_that_of_the_decoded_model(small, tokenizer):
     assert gl.generate(model, ["a1", "a23"], PLAIN, max_new_tokens=12) == found
 
 
-def test_an_adapter_goes_to_a_folder_and_back(small, tmp_path):
-    model = small()
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_adapter_goes_to_a_folder_and_back(small, tmp_path, dora):
+    model = small(dora=dora)
     for layer in lora.lora_layers(model):
         layer.lora_b.assign(np.random.default_rng(0).normal(0, 0.2, layer.lora_b.shape))
     tuned = np.asarray(model.backbone(INPUTS))
@@ -153,8 +160,9 @@ def test_an_adapter_goes_to_a_folder_and_back(small, tmp_path):
     np.testing.assert_allclose(other.backbone(INPUTS), tuned, rtol=1e-5, atol=1e-5)
 
 
-def test_merging_asks_for_plain_weights_and_is_then_exact(small):
-    model = small("int4")
+@pytest.mark.parametrize("dora", [False, True])
+def test_merging_asks_for_plain_weights_and_is_then_exact(small, dora):
+    model = small("int4", dora)
     for layer in lora.lora_layers(model):
         layer.lora_b.assign(np.random.default_rng(0).normal(0, 0.2, layer.lora_b.shape))
     tuned = np.asarray(model.backbone(INPUTS))
@@ -170,14 +178,18 @@ def test_merging_asks_for_plain_weights_and_is_then_exact(small):
         qlora.dequantize_base(model)
 
 
-def test_merging_error_is_the_rounding_of_the_sum(small):
-    model = small("int8")
+@pytest.mark.parametrize("dora", [False, True])
+def test_merging_error_is_the_rounding_of_the_sum(small, dora):
+    model = small("int8", dora)
     for layer in lora.lora_layers(model):
         layer.lora_b.assign(np.random.default_rng(0).normal(0, 0.2, layer.lora_b.shape))
     layer = lora.lora_layers(model)[3]
-    whole = (np.asarray(layer.base.matrix()) + np.asarray(layer.delta())).T
-    step = np.abs(whole).max(axis=1, keepdims=True) / 127
-    error = np.linalg.norm(np.rint(whole / step) * step - whole) / np.linalg.norm(np.asarray(layer.delta()))
+    plain = np.asarray(layer.base.matrix())
+    whole = plain + np.asarray(layer.delta())
+    if dora:  # the magnitude is as at the start, the plain norms
+        whole *= np.linalg.norm(plain, axis=0) / np.linalg.norm(whole, axis=0)
+    step = np.abs(whole).max(axis=0) / 127
+    error = np.linalg.norm(np.rint(whole / step) * step - whole) / np.linalg.norm(whole - plain)
     assert qlora.merging_error(model)[f"3 {layer.name}"] == pytest.approx(error, rel=1e-4)
 
 
