@@ -1,7 +1,7 @@
-"""What rounding alone costs: Gemma 3 270M in every encoding that its frozen weights can have, before any training on it.
+"""What rounding alone costs: Gemma 3 270M in every encoding that its frozen weights can have, before training on it.
 
-Each encoding is loaded in a process of its own and scored twice: on English text (`evaluation.english_text()`) as it is,
-and on 60 validation lines of data/expenses with the adapter that is kept there. That adapter was trained on float32
+Each encoding is loaded in a process of its own and scored twice: on English text (`evaluation.english_text()`) as it
+is, and on 60 validation lines of data/expenses with the adapter that is kept there. That adapter was trained on float32
 weights, so the second column is an adapter on another base than its own. Beside them stands what the weights take.
 
 The mean difference of the English loss from float32's comes with a standard error. The losses are paired, blocks of 64

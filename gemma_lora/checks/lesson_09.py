@@ -203,8 +203,10 @@ def deployed_output(function: Callable) -> None:
         "the update stands beside weights it was not trained on: they were rounded first": (
             lambda x, weight, lora_a, lora_b, scaling, step: x @ (weight + scaling * lora_a @ lora_b)
         ),
-        "the update is rounded, too, alone or with the rounded weights; it is kept in floats": lambda x, weight, lora_a, lora_b, scaling, step: (
-            x @ (rounded(weight, step) + rounded(scaling * lora_a @ lora_b, step))
+        "the update is rounded, too, alone or with the rounded weights; it is kept in floats": (
+            lambda x, weight, lora_a, lora_b, scaling, step: (
+                x @ (rounded(weight, step) + rounded(scaling * lora_a @ lora_b, step))
+            )
         ),
         "the scaling is left out": lambda x, weight, lora_a, lora_b, scaling, step: (
             x @ (rounded(weight, step) + lora_a @ lora_b)
