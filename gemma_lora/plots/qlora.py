@@ -50,11 +50,13 @@ def value_rows(
             if half:
                 ax.errorbar([mean], [places[name]], xerr=half, fmt="none", ecolor=INK, elinewidth=1.4, capsize=3)
             if len(values) > 1:
-                ring = {"marker": "o", "markersize": 7, "markerfacecolor": "none", "linestyle": "none"}
+                ring = {"marker": "o", "markersize": 7, "markerfacecolor": "none", "linestyle": "none", "zorder": 4}
                 ax.plot(values, [places[name]] * len(values), color=INK, markeredgewidth=0.9, **ring)
             ax.plot([mean], [places[name]], marker="o", markersize=5, color=ACCENT)
             place = {"textcoords": "offset points", "ha": "center", "fontsize": 8, "color": INK}
             ax.annotate(form.format(mean), (mean, places[name]), (0, 6), **place)
+        if not means:
+            ax.set_xticks([])
         ax.margins(x=0.12)
         ax.set_xlabel(quantity, fontsize=9)
         ax.tick_params(labelsize=9)
@@ -156,10 +158,10 @@ def asked_and_got(asked: Sequence[float], got: Mapping[str, Sequence[float]], un
         ax.plot(asked, moved, color=_LIGHT, label="a weight", **style)
         groups = np.array_split(np.argsort(asked), 9)
         means = [[np.mean(np.asarray(values)[group]) for group in groups] for values in (asked, moved)]
-        ax.plot(*means, color=ACCENT, linewidth=2.4, marker="o", markersize=4, label="mean of a ninth")
+        ax.plot(*means, color=ACCENT, linewidth=2.4, marker="o", markersize=4, label="mean of each ninth")
         ax.set_title(title, loc="left", fontsize=10)
         ax.set_xlabel(f"added ({unit})")
         ax.set_xlim(-limit, limit)
     axes[0].set_ylabel(f"moved ({unit})")
-    axes[0].legend(frameon=False, loc="upper left", markerscale=3)
+    axes[0].legend(frameon=False, loc="upper left", markerscale=1.6)
     return axes[-1]
