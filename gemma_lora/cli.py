@@ -28,8 +28,10 @@ _QUANTIZATION = typer.Option(help="QLoRA: what the frozen weights are kept in; g
 _DOUBLE_QUANT = typer.Option("--double-quant", help="With nf4: its scales in 8 bits too.")
 
 
-@app.command(epilog="Example: `gemma-lora finetune --data my.jsonl --run-dir runs/mine`  \nQLoRA: `gemma-lora finetune --data my.jsonl "
-    "--run-dir runs/small --quantization nf4 --double-quant --remat`")
+@app.command(
+    epilog="Example: `gemma-lora finetune --data my.jsonl --run-dir runs/mine`  \n"
+    "QLoRA: `gemma-lora finetune --data my.jsonl --run-dir runs/small --quantization nf4 --double-quant --remat`"
+)
 def finetune(
     data: Annotated[
         str, typer.Option(help="A dataset folder, or a JSONL file (prompt/response, Alpaca, ShareGPT, chat).")
@@ -53,7 +55,14 @@ def finetune(
     accumulate: Annotated[int, typer.Option(min=1, help="Batches whose gradients make one step.")] = 1,
     remat: Annotated[bool, typer.Option("--remat", help="Compute activations twice: less memory, more time.")] = False,
     mixed_precision: Annotated[
-        bool, typer.Option(help="Multiply frozen kernels in bfloat16 while training, with sums in float32.")
+        bool | None,
+        typer.Option(
+            help="Multiply frozen kernels in bfloat16 while training, with sums in float32. By default where the "
+            "machine is faster at it."
+        ),
+    ] = None,
+    filter_gradient: Annotated[
+        bool, typer.Option(help="Leave tokens that have next to no probability out of the loss's gradient.")
     ] = True,
     seed: Annotated[int, typer.Option(help="Start of A and order of the lines.")] = 0,
     skip_bad_lines: Annotated[
@@ -92,6 +101,7 @@ def finetune(
             accumulate=accumulate,
             remat=remat,
             mixed_precision=mixed_precision,
+            filter_gradient=filter_gradient,
             seed=seed,
             skip_bad_lines=skip_bad_lines,
         ),
@@ -185,7 +195,7 @@ def plan(
         raise GemmaLoraError(f"--memory: {error}") from None
     names = targets if targets == "all-linear" else tuple(t.strip() for t in targets.split(","))
     named = {"rank": rank, "targets": names, "row_length": row_length, "dtype": dtype, "accelerator": accelerator}
-    named["mixed_precision"] = dtype == "float32"  # finetune's default
+    named["mixed_precision"] = dtype == "float32"  # finetune's default where it is faster, and the larger need
     Console().print(*_planned(sizes.CONFIGURATIONS[model], available, named), sep="\n", highlight=False, soft_wrap=True)
 
 

@@ -22,7 +22,7 @@ from gemma_lora.evaluation import Scores, english_text, few_shot_template, perpl
 from gemma_lora.files import GemmaLoraError, require_writable, write_json_atomic, write_text_atomic
 from gemma_lora.gemma import BUILTIN_NAME, BUILTIN_NOTE, load_gemma
 from gemma_lora.generation import generate
-from gemma_lora.hardware import machine, peak_memory_bytes, use_compilation_cache
+from gemma_lora.hardware import has_fast_bfloat16, machine, peak_memory_bytes, use_compilation_cache
 from gemma_lora.lora import apply_lora
 from gemma_lora.peft import save_adapter
 from gemma_lora.training import FineTuner
@@ -53,7 +53,8 @@ class Settings:
     row_length: int = 384
     accumulate: int = 1
     remat: bool = False
-    mixed_precision: bool = True
+    mixed_precision: bool | None = None  # where the machine multiplies bfloat16 faster
+    filter_gradient: bool = True
     seed: int = 0
     shots: int = 4
     base_lines: int = 64
@@ -81,6 +82,8 @@ def finetune(settings: Settings, console: Console | None = None, overwrite: bool
     run_dir = Path(settings.run_dir)
     require_writable(run_dir / "settings.json", "--run-dir")
     dataset = data_module.load_dataset(settings.data, skip_bad_lines=settings.skip_bad_lines)
+    if settings.mixed_precision is None:
+        settings = dataclasses.replace(settings, mixed_precision=has_fast_bfloat16())
     # Only now: data that cannot be read neither claim a folder nor cost the run that is in it.
     if overwrite:
         remove_run(run_dir)
@@ -121,7 +124,8 @@ def finetune(settings: Settings, console: Console | None = None, overwrite: bool
         rslora=settings.rslora,
         seed=settings.seed,
     )
-    names = ("learning_rate", "warmup", "rows", "row_length", "accumulate", "remat", "mixed_precision", "seed")
+    names = ["learning_rate", "warmup", "rows", "row_length", "accumulate", "remat"]
+    names += ["mixed_precision", "filter_gradient", "seed"]
     tuner = FineTuner(model, run_dir=run_dir, **{name: getattr(settings, name) for name in names})
     training_started = time.perf_counter()
     tuner.fit(dataset, epochs=settings.epochs, limit=settings.limit, skip_bad_lines=settings.skip_bad_lines)

@@ -6,8 +6,9 @@ are formed, added to a running softmax and to the running mean of the embeddings
 are still in the processor's cache. That mean, less the target's embedding, is the gradient with respect to the
 hidden state, so no second pass over the vocabulary is needed.
 
-In mixed precision the factors of the large products are rounded to bfloat16, and a block that has next to no
-share in any token's softmax is left out of the gradient (its part of the loss is counted).
+Two things make it faster on request. In mixed precision the factors of the large products are rounded to bfloat16. And
+the gradient filter leaves a block that has next to no share in any token's softmax out of the gradient (its part of the
+loss is counted).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 
 from gemma_lora.packed import Int8Rows
 
-#: In mixed precision: the share of each token's softmax up to which a block adds nothing to the gradient.
+#: The gradient filter: the share of each token's softmax up to which a block adds nothing to the gradient.
 NEGLIGIBLE = 2.0**-16
 _BLOCK = 1024  # vocabulary entries whose logits exist together: fastest on two cores of 1,024 to 32,768
 
@@ -31,6 +32,13 @@ class _Chunk(NamedTuple):
     hidden: jax.Array
     targets: jax.Array
     weights: jax.Array
+
+
+class _Shortcuts(NamedTuple):
+    """What the loss may do to be faster: round factors to bfloat16, leave negligible blocks out of the gradient."""
+
+    rounded: bool = False
+    filtered: bool = False
 
 
 def _dot(a, b, contract):
@@ -89,7 +97,7 @@ def _blocks(embeddings) -> int:
     return -(-embeddings.shape[0] // _BLOCK)
 
 
-def _chunk_loss(chunk: _Chunk, embeddings, soft_cap, with_gradient: bool, mixed: bool):
+def _chunk_loss(chunk: _Chunk, embeddings, soft_cap, with_gradient: bool, shortcuts: _Shortcuts):
     """Loss of one chunk and its gradient with respect to the hidden states.
 
     The target is kept apart from the other entries: with `others` the sum of exp(logit - maximum) over them,
@@ -99,7 +107,7 @@ def _chunk_loss(chunk: _Chunk, embeddings, soft_cap, with_gradient: bool, mixed:
     Returns:
         `(loss, d_hidden, log_normalizer)`: weights · negative log-likelihood, summed; (C, D) float32 or None; (C,).
     """
-    factor = jnp.bfloat16 if mixed else jnp.float32
+    factor = jnp.bfloat16 if shortcuts.rounded else jnp.float32
     at_target = _rows_of(embeddings, chunk.targets)  # (C, D)
     plain = jnp.sum(chunk.hidden.astype(jnp.float32) * at_target.astype(jnp.float32), axis=-1)
     target, target_slope = _capped(plain, soft_cap)  # (C,)
@@ -115,7 +123,7 @@ def _chunk_loss(chunk: _Chunk, embeddings, soft_cap, with_gradient: bool, mixed:
         if with_gradient:
             pull = exponentials if slope is None else exponentials * slope
             add = partial(_dot, pull.astype(factor), block.astype(factor), ((1,), (0,)))  # (C, K) x (K, D) -> (C, D)
-            if mixed:
+            if shortcuts.filtered:
                 # Of what has been seen so far, so never less than its share of the whole.
                 share = jnp.where(chunk.weights > 0, block_sum / (others + jnp.exp(target - new)), 0.0)
                 mean = mean * shrink[:, None]
@@ -164,9 +172,7 @@ def _embedding_gradient(chunk: _Chunk, embeddings, soft_cap, log_normalizer, gra
     return gradient.at[chunk.targets].add(d_target[:, None] * hidden)
 
 
-def _loss_and_gradients(
-    hidden, embeddings, targets, weights, chunk_size, soft_cap, d_hidden, d_embeddings, mixed=False
-):
+def _loss_and_gradients(hidden, embeddings, targets, weights, chunk_size, soft_cap, d_hidden, d_embeddings, shortcuts):
     """Walks the chunks that carry loss; the two flags say which gradients to form on the way."""
     tokens, width = hidden.shape
     padding = -tokens % chunk_size
@@ -182,7 +188,7 @@ def _loss_and_gradients(
         start = index * chunk_size
         part = partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=chunk_size)
         chunk = _Chunk(part(hidden), part(targets), part(weights))
-        chunk_loss, chunk_hidden, log_normalizer = _chunk_loss(chunk, embeddings, soft_cap, d_hidden, mixed)
+        chunk_loss, chunk_hidden, log_normalizer = _chunk_loss(chunk, embeddings, soft_cap, d_hidden, shortcuts)
         if d_hidden:
             grad_hidden = jax.lax.dynamic_update_slice_in_dim(grad_hidden, chunk_hidden, start, axis=0)
         if d_embeddings:
@@ -201,28 +207,29 @@ def _loss_and_gradients(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
-def _summed_loss(hidden, embeddings, targets, weights, chunk_size, soft_cap, train_embeddings, mixed):
-    hidden, embeddings = _factors(hidden, embeddings, mixed)
-    loss, _, _ = _loss_and_gradients(hidden, embeddings, targets, weights, chunk_size, soft_cap, False, False, mixed)
+def _summed_loss(hidden, embeddings, targets, weights, chunk_size, soft_cap, train_embeddings, shortcuts):
+    factors = _factors(hidden, embeddings, shortcuts)
+    loss, _, _ = _loss_and_gradients(*factors, targets, weights, chunk_size, soft_cap, False, False, shortcuts)
     return loss
 
 
-def _factors(hidden, embeddings, mixed: bool):
-    if not mixed:
+def _factors(hidden, embeddings, shortcuts: _Shortcuts):
+    if not shortcuts.rounded:
         return hidden, embeddings
     packed = isinstance(embeddings, Int8Rows)  # a block is rounded when it is decoded
     return hidden.astype(jnp.bfloat16), embeddings if packed else embeddings.astype(jnp.bfloat16)
 
 
-def _forward(hidden, embeddings, targets, weights, chunk_size, soft_cap, train_embeddings, mixed):
+def _forward(hidden, embeddings, targets, weights, chunk_size, soft_cap, train_embeddings, shortcuts):
+    factors = _factors(hidden, embeddings, shortcuts)
     loss, grad_hidden, grad_embeddings = _loss_and_gradients(
-        *_factors(hidden, embeddings, mixed), targets, weights, chunk_size, soft_cap, True, train_embeddings, mixed
+        *factors, targets, weights, chunk_size, soft_cap, True, train_embeddings, shortcuts
     )
     like = jnp.zeros((0,), hidden.dtype)
     return loss, (grad_hidden, grad_embeddings, like if train_embeddings else embeddings, like)
 
 
-def _backward(chunk_size, soft_cap, train_embeddings, mixed, residuals, cotangent):
+def _backward(chunk_size, soft_cap, train_embeddings, shortcuts, residuals, cotangent):
     grad_hidden, grad_embeddings, embeddings, like = residuals
     d_hidden = (cotangent * grad_hidden).astype(like.dtype)
     if train_embeddings:
@@ -244,6 +251,7 @@ def chunked_cross_entropy(
     train_embeddings: bool = False,
     normalizer: float | None = None,
     mixed_precision: bool = False,
+    filter_gradient: bool | None = None,
 ) -> jax.Array:
     """Mean cross-entropy of `softmax(hidden @ embeddings.T)` over the tokens that carry loss.
 
@@ -263,8 +271,10 @@ def chunked_cross_entropy(
             gradient from this loss.
         normalizer: Float or None; what the sum is divided by, in place of Σ weights.
         mixed_precision: If True, `hidden` and `embeddings` are rounded to bfloat16 (give bfloat16 embeddings to
-            save that), sums stay float32, and blocks of 1,024 entries whose share of every token's softmax is
-            below `NEGLIGIBLE` are left out of the gradient.
+            save that); sums stay float32.
+        filter_gradient: If True, blocks of 1,024 entries whose share of every token's softmax is below `NEGLIGIBLE`
+            are left out of the gradient with respect to `hidden`; the loss is the same. By default as
+            `mixed_precision`.
 
     Returns:
         Scalar float32. 0 where all weights are 0.
@@ -310,7 +320,7 @@ def chunked_cross_entropy(
         chunk_size,
         soft_cap,
         train_embeddings,
-        mixed_precision,
+        _Shortcuts(mixed_precision, mixed_precision if filter_gradient is None else filter_gradient),
     )
     if normalizer is not None:
         return total / normalizer

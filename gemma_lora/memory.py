@@ -20,8 +20,8 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 BITS = {"int8": 8.0, "int4": 4.0, "nf4": 4.0}
 CONSTANT_BITS = {"int8": 0.0, "int4": 32 / 64, "nf4": 8 / 64 + 32 / (64 * 256)}
 METHODS = ("full", "lora", "qlora")
-#: What a process holds before any weight, measured on Linux: Python, KerasHub with TensorFlow, JAX, compiled programs.
-PROCESS_BYTES = 1_450_000_000
+#: What a process holds before any weight, measured on Linux: Python, KerasHub, JAX, compiled programs.
+PROCESS_BYTES = 850_000_000
 #: Adam's two moments; arrays of the size of the logits that a plain cross-entropy holds (logits, softmax, its
 #: gradient).
 MOMENTS, FULL_LOGITS = 2, 3

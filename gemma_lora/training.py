@@ -180,6 +180,8 @@ class FineTuner(keras.Model):
             sums in float32, which is faster on processors with AVX512-BF16; see `chunked_cross_entropy`. Rounded
             copies of the weights are kept for it. A, B and the optimizer stay float32, and so does everything
             outside training.
+        filter_gradient: If True, blocks of the vocabulary that have next to no share in any token's softmax are left
+            out of the loss's gradient; see `chunked_cross_entropy`. By default as `mixed_precision`.
         checkpoint_seconds: Float, seconds between checkpoints.
         seed: Integer, the order of the examples.
 
@@ -207,6 +209,7 @@ class FineTuner(keras.Model):
         accumulate: int = 1,
         remat: bool = False,
         mixed_precision: bool = False,
+        filter_gradient: bool | None = None,
         checkpoint_seconds: float = 30.0,
         seed: int = 0,
     ):
@@ -233,6 +236,7 @@ class FineTuner(keras.Model):
             "accumulate": accumulate,
             "remat": remat,
             "mixed_precision": mixed_precision,
+            "filter_gradient": mixed_precision if filter_gradient is None else filter_gradient,
             "seed": seed,
         }
         self.checkpoint_seconds = checkpoint_seconds
@@ -296,6 +300,7 @@ class FineTuner(keras.Model):
             # The weights of batches that make a step together are shares of their step already: see `_shares`.
             normalizer=1.0 if self.settings["accumulate"] > 1 else None,
             mixed_precision=mixed,
+            filter_gradient=self.settings["filter_gradient"],
         )
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):

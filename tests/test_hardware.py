@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from gemma_lora import hardware
 
@@ -39,3 +40,24 @@ def test_options_are_for_cpus_only(monkeypatch):
 def test_peak_memory_is_at_least_what_is_held_now():
     hardware.release_memory()
     assert 0 < hardware.memory_bytes() <= hardware.peak_memory_bytes()
+
+
+@pytest.mark.parametrize(
+    "line, fast",
+    [
+        ("flags\t\t: fpu avx2 avx512f avx512_bf16 sse", True),
+        ("flags\t\t: fpu amx_bf16", True),
+        ("Features\t: fp asimd bf16", True),
+        ("flags\t\t: fpu avx2 avx512f avx512_bf16x", False),
+        ("model name\t: avx512_bf16", False),
+    ],
+)
+def test_fast_bfloat16_is_read_from_the_processors_flags(monkeypatch, tmp_path, line, fast):
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{line}\n")
+    monkeypatch.setattr("builtins.open", lambda path, *a, original=open, **k: original(tmp_path / "cpuinfo", *a, **k))
+    assert hardware.has_fast_bfloat16() is fast
+
+
+def test_an_accelerator_is_fast_in_bfloat16(monkeypatch):
+    monkeypatch.setattr("jax.default_backend", lambda: "tpu")
+    assert hardware.has_fast_bfloat16()

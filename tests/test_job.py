@@ -13,6 +13,7 @@ from rich.console import Console
 from gemma_lora import job
 from gemma_lora.files import GemmaLoraError
 from gemma_lora.generation import generate
+from gemma_lora.hardware import has_fast_bfloat16
 from gemma_lora.peft import load_adapter
 from gemma_lora.training import FineTuner
 from tests.conftest import CharacterTokenizer, tiny_gemma
@@ -87,7 +88,7 @@ def test_metrics_have_the_documented_shape(finished):
 
 def test_settings_hold_every_setting(finished):
     written = json.loads((finished.dir / "settings.json").read_text())
-    expected = dataclasses.asdict(finished.settings)
+    expected = dataclasses.asdict(finished.settings) | {"mixed_precision": has_fast_bfloat16()}  # decided by then
     assert {name: written[name] for name in expected} == json.loads(json.dumps(expected))
     assert {"keras", "keras-hub", "jax", "gemma_lora"} <= set(written["versions"])
 
@@ -215,8 +216,8 @@ def test_a_command_that_failed_at_once_can_be_mended_and_run_again(tmp_path, mon
             job.finetune(dataclasses.replace(settings, model=model), Console(file=io.StringIO()))
 
 
-def test_the_jobs_defaults_are_finetuners_but_for_the_faster_product():
+def test_the_jobs_defaults_are_finetuners_but_for_what_is_faster():
     defaults = {name: p.default for name, p in inspect.signature(FineTuner).parameters.items()}
     settings = dataclasses.asdict(job.Settings())
     shared = set(defaults) & set(settings) - {"run_dir", "model"}
-    assert {name for name in shared if defaults[name] != settings[name]} == {"mixed_precision"}
+    assert {name for name in shared if defaults[name] != settings[name]} == {"mixed_precision", "filter_gradient"}

@@ -93,6 +93,19 @@ def test_bad_arguments_are_named(change, message):
         chunked_cross_entropy(**arguments)
 
 
+def test_the_filter_alone_rounds_nothing_and_can_be_left_out_of_mixed_precision():
+    hidden, embeddings, targets, weights = problem(4)
+
+    def both(**named):
+        return jax.value_and_grad(lambda h: chunked_cross_entropy(h, embeddings, targets, weights, 16, **named))(hidden)
+
+    (plain, plain_gradient), (filtered, gradient) = both(), both(filter_gradient=True)
+    assert filtered == plain
+    np.testing.assert_allclose(gradient, plain_gradient, atol=1e-4 * np.abs(plain_gradient).max())
+    mixed, unfiltered = both(mixed_precision=True), both(mixed_precision=True, filter_gradient=False)
+    assert mixed[0] == unfiltered[0] != plain
+
+
 def test_mixed_precision_is_the_loss_of_rounded_factors():
     hidden, embeddings, targets, weights = problem(4)
     rounded = [x.astype("bfloat16").astype("float32") for x in (hidden, embeddings)]
@@ -107,7 +120,8 @@ def test_mixed_precision_is_the_loss_of_rounded_factors():
     np.testing.assert_allclose(gradient, expected_gradient, atol=2**-7 * np.abs(expected_gradient).max())
 
 
-def test_blocks_with_a_share_are_never_left_out(monkeypatch):
+@pytest.mark.parametrize("shortcut", ["mixed_precision", "filter_gradient"])
+def test_blocks_with_a_share_are_never_left_out(monkeypatch, shortcut):
     """Four blocks of 16 entries: only one token gives those behind the first block a share of its softmax."""
     monkeypatch.setattr(loss, "_BLOCK", 16)
     rng = np.random.default_rng(6)
@@ -122,7 +136,7 @@ def test_blocks_with_a_share_are_never_left_out(monkeypatch):
     def gradient(negligible, weights):
         monkeypatch.setattr(loss, "NEGLIGIBLE", negligible)
         return np.asarray(
-            jax.grad(lambda h: chunked_cross_entropy(h, embeddings, targets, weights, 8, mixed_precision=True))(hidden)
+            jax.grad(lambda h: chunked_cross_entropy(h, embeddings, targets, weights, 8, **{shortcut: True}))(hidden)
         )
 
     default = loss.NEGLIGIBLE

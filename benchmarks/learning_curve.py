@@ -1,0 +1,101 @@
+"""How many examples do I need? Fine-tuning Gemma 3 270M on 25, 50, … and all of the expense lines, with three seeds.
+
+Each run is `gemma-lora finetune`'s training (rank 16 on all linear layers, rows of 384 packed tokens, one pass) on the
+first lines of a shuffle of its own, so seeds differ in lines, order and start. Scored teacher-forced on `validation`
+and `validation_unseen`: the loss of the answers' tokens, and exact match, the share of answers of which every token is
+the most probable one after the right tokens before it. The test splits are not used.
+Each run is a process of its own and is written to the JSON when it is done; what is there is not made again.
+
+    python benchmarks/learning_curve.py                   # what is missing: about 7 hours, most of it for all lines
+    python benchmarks/learning_curve.py --most 800        # up to 800 lines: about 1 hour
+    python benchmarks/learning_curve.py --list            # the runs, and which are there
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("KERAS_BACKEND", "jax")
+ROOT = Path(__file__).resolve().parent.parent
+COUNTS = (25, 50, 100, 200, 400, 800, 1600, 3200, 6000)
+SEEDS = (0, 1, 2)
+RANK, RATE, ROW_LENGTH, SCORED = 16, 5e-4, 384, 150
+
+
+def chosen_lines(examples: list, count: int, seed: int) -> list:
+    """The first `count` of the examples in the order of a seed: a larger set holds the smaller ones of its seed."""
+    import numpy as np
+
+    order = np.random.default_rng(seed).permutation(len(examples))
+    return [examples[i] for i in order[:count]]
+
+
+def run_one(count: int, seed: int) -> dict[str, Any]:
+    """One training in this process, scored."""
+    import gemma_lora as gl
+    from gemma_lora import data, evaluation, hardware
+
+    started = time.perf_counter()
+    hardware.use_compilation_cache()
+    dataset = gl.load_dataset(ROOT / "data/expenses")
+    unseen = data.read_jsonl(ROOT / "data/expenses/validation_unseen.jsonl")
+    dataset = dataclasses.replace(dataset, train=chosen_lines(dataset.train, count, seed))
+    model = gl.load_gemma()
+    gl.apply_lora(model, rank=RANK, targets="all-linear", seed=1000 * seed)
+    tuner = gl.FineTuner(model, learning_rate=RATE, row_length=ROW_LENGTH, seed=seed)
+    tuner.fit(dataset, verbose=0)
+    result: dict[str, Any] = {"lines": count, "seed": seed, "steps": len(tuner.log.rows), "scores": {}}
+    for split, lines in {"validation": dataset.validation, "validation_unseen": unseen}.items():
+        scores = evaluation.teacher_forced(model, lines[:SCORED], dataset.template, ROW_LENGTH)
+        result["scores"][split] = {k: round(v, 4) for k, v in dataclasses.asdict(scores).items()}
+    return result | {"seconds": round(time.perf_counter() - started, 1)}
+
+
+def write(path: Path, runs: dict[str, dict]) -> None:
+    """Writes the runs that are there, by lines and seed, with the machine and the versions."""
+    from gemma_lora.files import write_json_atomic
+    from gemma_lora.hardware import machine
+    from gemma_lora.job import versions
+
+    settings = {"rank": RANK, "targets": "all-linear", "learning_rate": RATE, "row_length": ROW_LENGTH}
+    ordered = {f"{n}/{seed}": runs[f"{n}/{seed}"] for n in COUNTS for seed in SEEDS if f"{n}/{seed}" in runs}
+    write_json_atomic(path, {"runs": ordered, "settings": settings, "machine": machine(), "versions": versions()})
+
+
+def main() -> int:
+    """Makes the runs that are missing, small ones first, and writes the JSON after each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--most", type=int, default=COUNTS[-1], help="leave out runs with more lines")
+    parser.add_argument("--list", action="store_true", help="print the runs and stop")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/learning_curve.json")
+    parser.add_argument("--one", nargs=2, type=int, help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    import one_process
+
+    if chosen.one:
+        one_process.report(run_one(*chosen.one))
+        return 0
+    for count, seed in [(count, seed) for count in COUNTS if count <= chosen.most for seed in SEEDS]:
+        runs = json.loads(chosen.output.read_text())["runs"] if chosen.output.exists() else {}
+        name = f"{count}/{seed}"
+        if chosen.list:
+            print(name, "(done)" if name in runs else "")
+        elif name not in runs:
+            result = one_process.measure(__file__, "--one", str(count), str(seed))
+            if result is None:
+                return 1
+            runs[name] = result
+            write(chosen.output, runs)
+            print(name, result["scores"], f"{result['seconds']} s", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,168 @@
+"""Writes the tables of measurements in README.md anew from benchmarks/results/*.json.
+
+A table stands between `<!-- table NAME -->` and `<!-- end -->`, so that README and results cannot drift apart:
+tests/test_readme.py fails where they have.
+
+    python benchmarks/readme_tables.py           # write them
+    python benchmarks/readme_tables.py --check   # only say which are out of date; status 1 if one is
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks/results"
+_TABLE = re.compile(r"(<!-- table (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+PEERS = {
+    "ours": "this project, float32",
+    "ours_filtered": "this project, float32, gradient filter",
+    "ours_remat": "this project, float32, remat",
+    "ours_mixed": "this project, mixed precision",
+    "keras_hub": "KerasHub's `enable_lora` and `fit`",
+    "peft_fp32": "Hugging Face PEFT, float32",
+    "peft_bf16": "Hugging Face PEFT, bfloat16",
+}
+BASES = {
+    "lora": "LoRA, float32",
+    "lora_remat": "LoRA, float32, remat",
+    "lora_mixed": "LoRA, mixed precision",
+    "nf4": "NF4, double quantization",
+    "nf4_remat": "NF4, double quantization, remat",
+    "nf4_mixed": "NF4, double quantization, mixed precision",
+    "int8": "int8",
+    "gguf": "the file's own GGUF blocks",
+}
+METHODS = {
+    "full": "full fine-tuning",
+    "lora_qv_1": "LoRA, query and value, rank 1",
+    "lora_qv_4": "LoRA, query and value, rank 4",
+    "lora_qv_8": "LoRA, query and value, rank 8",
+    "lora_qv_16": "LoRA, query and value, rank 16",
+    "lora_qv_64": "LoRA, query and value, rank 64",
+    "lora_all": "LoRA, all linear, rank 16",
+    "rslora_all": "rsLoRA, all linear, rank 16",
+    "dora_all": "DoRA, all linear, rank 16",
+    "houlsby": "Houlsby adapters",
+    "int8_keras": "Keras's int8 and `enable_lora`",
+    "int8": "int8 base, LoRA",
+    "int4": "int4 base, LoRA",
+    "nf4": "NF4 base, LoRA",
+    "nf4_dq": "NF4 base, double quantization, LoRA",
+    "gguf": "GGUF blocks as base, LoRA",
+}
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table: the first column to the left, the others to the right."""
+    head = list(head)
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def _gigabytes(number: float) -> str:
+    return f"{number / 1e9:.1f} GB"
+
+
+def lora_step(record: dict[str, Any]) -> str:
+    rows = []
+    for peer, name in PEERS.items():
+        if (run := record["results"].get(peer)) is not None:
+            rate = f"{run['loss_tokens_per_second']:.0f}"
+            rows.append([name, f"{run['median_step_seconds']:.1f}", _gigabytes(run["peak_bytes"]), rate])
+    return table(["", "s a step", "peak memory", "loss-carrying tokens a second"], rows)
+
+
+def qlora_step(record: dict[str, Any]) -> str:
+    results = record["results"]
+    rows = []
+    for setting, name in BASES.items():
+        if (run := results.get(setting)) is not None:
+            ratio = run["median_step_seconds"] / results["lora"]["median_step_seconds"]
+            rows.append([name, f"{run['median_step_seconds']:.1f}", f"{ratio:.2f}", _gigabytes(run["peak_bytes"])])
+    return table(["frozen weights", "s a step", "times LoRA's", "peak memory"], rows)
+
+
+def methods(record: dict[str, Any]) -> str:
+    runs = record["runs"]
+    rows = []
+    for method, name in METHODS.items():
+        final = [run for key, run in runs.items() if key.startswith(f"final/{method}/") and "failed" not in run]
+        if not final:
+            continue
+        first, timed = final[0], runs.get(f"time/{method}/0")
+
+        def spread(split: str, final=final) -> str:
+            values = [100 * run["scores"][split]["exact_match"] for run in final]
+            mean = f"{statistics.mean(values):.1f}"
+            return mean if len(values) == 1 else f"{mean} ({min(values):.1f}–{max(values):.1f})"
+
+        rows.append(
+            [
+                name,
+                f"{first['rate']:g}",
+                spread("test"),
+                spread("test_unseen"),
+                f"{statistics.mean(run['english_perplexity'] for run in final):.0f}",
+                f"{first['trained_parameters'] / 1e6:.2f} M",
+                "–" if first["adapter_bytes"] is None else f"{first['adapter_bytes'] / 1e6:.1f} MB",
+                _gigabytes(max(run["peak_memory_bytes"] for run in final)),
+                "–" if timed is None else f"{timed['median_step_seconds']:.1f}",
+            ]
+        )
+    columns = [
+        "method",
+        "rate",
+        "`test` %",
+        "`test_unseen` %",
+        "English perplexity",
+        "trained",
+        "adapter",
+        "peak memory",
+    ]
+    return table([*columns, "s a step"], rows)
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "lora_step": lora_step,
+    "qlora_step": qlora_step,
+    "methods": methods,
+}
+
+
+def filled(text: str) -> str:
+    """A README with every table written from its results."""
+
+    def written(match: re.Match) -> str:
+        record = json.loads((RESULTS / f"{match[2]}.json").read_text(encoding="utf-8"))
+        return match[1] + TABLES[match[2]](record) + match[4]
+
+    return _TABLE.sub(written, text)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing, status 1 if a table is out of date")
+    chosen = parser.parse_args()
+    path = ROOT / "README.md"
+    text = path.read_text(encoding="utf-8")
+    new = filled(text)
+    if chosen.check:
+        old = {m[2]: m[3] for m in _TABLE.finditer(text)}
+        stale = [m[2] for m in _TABLE.finditer(new) if old[m[2]] != m[3]]
+        print(f"out of date: {', '.join(stale)}" if stale else "all tables are up to date")
+        return bool(stale)
+    path.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
