@@ -27,7 +27,7 @@ def value_rows(
         names: All names, from the top.
         errors: `{quantity: {name: half-width}}`, whiskers around the mean.
         reference: A name whose mean is a vertical line in every panel.
-        form: How a mean is written beside its dot, for `str.format`.
+        form: How a mean is written above its dot, for `str.format`; from 1,000 on it is written whole.
         missing: What stands in the first panel of a row without any measurement.
 
     Returns:
@@ -54,7 +54,10 @@ def value_rows(
                 ax.plot(values, [places[name]] * len(values), color=INK, markeredgewidth=0.9, **ring)
             ax.plot([mean], [places[name]], marker="o", markersize=5, color=ACCENT)
             place = {"textcoords": "offset points", "ha": "center", "fontsize": 8, "color": INK}
-            ax.annotate(form.format(mean), (mean, places[name]), (0, 6), **place)
+            behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.8}
+            text = form.format(mean) if abs(mean) < 1000 else f"{mean:,.0f}"
+            ax.annotate(text, (mean, places[name]), (0, 6), bbox=behind, **place)
+        ax.locator_params(axis="x", nbins=5)
         if not means:
             ax.set_xticks([])
         ax.margins(x=0.12)
