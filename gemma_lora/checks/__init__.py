@@ -70,6 +70,14 @@ from gemma_lora.checks.lesson_08 import (
     merge,
     segment_mask,
 )
+from gemma_lora.checks.lesson_09 import (
+    deployed_output,
+    keep_wide,
+    packed_megabytes_by_hand,
+    standard_errors_apart,
+    surviving_share,
+    widest_that_fits,
+)
 from gemma_lora.checks.lesson_10 import (
     add_and_subtract,
     bit_linear,
@@ -98,6 +106,7 @@ __all__ = [
     "choose_rank",
     "common_rank",
     "decode_scales",
+    "deployed_output",
     "eliminate",
     "fold_batch_norm",
     "gradient_of_a",
@@ -105,6 +114,7 @@ __all__ = [
     "gradient_to_the_input",
     "integer_layer",
     "json_match",
+    "keep_wide",
     "largest_bottleneck",
     "largest_saving_rank",
     "latent_gradient",
@@ -120,6 +130,7 @@ __all__ = [
     "pack_five",
     "packed_bytes",
     "packed_gigabytes_by_hand",
+    "packed_megabytes_by_hand",
     "perplexity_by_hand",
     "perplexity_from_logits",
     "qat_step",
@@ -129,11 +140,14 @@ __all__ = [
     "rotate_at",
     "scale_and_zero_point",
     "segment_mask",
+    "standard_errors_apart",
     "straight_through_gradient",
+    "surviving_share",
     "symmetric_codes",
     "ternarize",
     "training_bytes_by_hand",
     "unpack_nibbles",
     "update_spectrum",
+    "widest_that_fits",
     "window_mask",
 ]

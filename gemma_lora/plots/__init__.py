@@ -39,6 +39,12 @@ from gemma_lora.plots.ptq import (
     integer_layer,
     perplexity_against_size,
 )
+from gemma_lora.plots.qlora import (
+    asked_and_got,
+    measured_and_planned,
+    paired_losses,
+    value_rows,
+)
 from gemma_lora.plots.sliders import (
     explore,
 )
@@ -72,6 +78,7 @@ __all__ = [
     "adapted_block",
     "adapter_diagram",
     "against_rank",
+    "asked_and_got",
     "attention_maps",
     "attention_mask",
     "before_after",
@@ -92,9 +99,11 @@ __all__ = [
     "lora_diagram",
     "loss_against_rate",
     "loss_curve",
+    "measured_and_planned",
     "memory_bars",
     "number_grids",
     "number_matrices",
+    "paired_losses",
     "parameters_against_rank",
     "perplexity_against_size",
     "pictures",
@@ -112,4 +121,5 @@ __all__ = [
     "token_strips",
     "transformer_block",
     "value_bars",
+    "value_rows",
 ]
