@@ -92,9 +92,9 @@ def test_nothing_to_train_and_steps_too_small_are_named():
     model = network()
     assert "nothing" in health.trains_what_it_should(model, numbers(), should=lambda path: "lora" in path).says
     coarse = traps.tiny_network("bfloat16")
-    coarse.compile(keras.optimizers.Adam(1e-5), "mse")
+    coarse.compile(keras.optimizers.SGD(1e-3), "mse")
     finding = health.trains_what_it_should(coarse, numbers(), steps=5)
-    assert not finding.fine and "bfloat16" in finding.says
+    assert not finding.fine and "stand still in bfloat16" in finding.says
 
 
 def test_what_moves_tells_of_equal_paths_apart():

@@ -73,6 +73,12 @@ def test_a_mended_backbone_keeps_examples_apart(monkeypatch):
     assert not traps.packed_rows_leak()
 
 
+def test_a_mended_adam_moves_in_bfloat16(monkeypatch):
+    adam = keras.optimizers.Adam
+    monkeypatch.setattr(keras.optimizers, "Adam", lambda rate: adam(rate, beta_2=0.99))  # 0.99 is not 1 in bfloat16
+    assert not traps.adam_stands_still_in_bfloat16()
+
+
 def test_a_refusal_counts_as_mended(monkeypatch):
     def refuses(*args, **named):
         raise ValueError("no layer is named vlaue")

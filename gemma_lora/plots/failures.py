@@ -59,6 +59,7 @@ def along_gradient(panels: Mapping[str, tuple[Sequence[float], Sequence[float], 
         new_axes(ax)
         ax.plot(steps, promised, color=INK, linestyle="--", linewidth=1.5, label="what the gradient says")
         ax.plot(steps, measured, color=ACCENT, marker="o", markersize=4, linewidth=1.8, label="measured")
+        ax.set_xticks([steps[0], 0, steps[-1]])
         ax.set_xlabel("step along the gradient")
         ax.set_ylabel("loss (nats a token)")
         ax.set_title(title, loc="left", fontsize=10)
