@@ -7,11 +7,15 @@ BIN := $(VENV)/bin
 # Lines of train that `make finetune` uses: what two cores learn from in the time there is. `make finetune LIMIT=6000`
 # uses all.
 LIMIT ?= 1200
-NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=600 --nbval-sanitize-with tests/nbval_sanitize.cfg
+# What `make latest` runs of the unit tests.
+TESTS ?= tests
+LATEST := .venv-latest/bin/python
+NBVAL_OPTIONS := --nbval-current-env --nbval-cell-timeout=600 --nbval-sanitize-with tests/nbval_sanitize.cfg
+NBVAL := --nbval $(NBVAL_OPTIONS)
 export KERAS_BACKEND := jax
 
 .DEFAULT_GOAL := help
-.PHONY: help env finetune test parity lint lab data pins clean
+.PHONY: help env finetune test parity latest lint lab data pins clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -48,6 +52,17 @@ parity: env ## compare with transformers, PEFT, llama.cpp, bitsandbytes and sent
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e ".[weights,notebooks,data,dev,parity]"
 	GEMMA_LORA_PARITY=1 $(BIN)/python -m pytest -q tests/parity
 
+latest: ## newest releases of everything, in a throw-away environment: lesson 12's traps, unit tests (two cores: 30 minutes, 12 GB of memory)
+	@echo "Installing the newest releases into .venv-latest, then lesson 12's traps and the unit tests. About 30 minutes, 3.5 GB of disk."
+	rm -rf .venv-latest
+	$(PYTHON) -m venv .venv-latest
+	$(LATEST) -m pip install --quiet --disable-pip-version-check --no-compile --upgrade -e ".[weights,notebooks,data,dev]"
+	$(LATEST) -m gemma_lora.traps
+	@$(LATEST) -m pytest -q --nbval-lax $(NBVAL_OPTIONS) notebooks/12_silent_failures.ipynb || \
+	  { $(LATEST) -m gemma_lora.traps --news && echo "Lesson 12 does not hold on these versions, since a trap has changed: see the table above."; }
+	$(LATEST) -m pytest -q -n 2 --dist loadfile --ignore tests/parity --ignore tests/test_traps.py $(TESTS)
+	rm -rf .venv-latest
+
 lint: env ## ruff (notebooks too) and mypy (1 minute)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -70,4 +85,4 @@ pins: ## write constraints.txt anew from the newest versions that pyproject.toml
 	rm -rf .venv-pins
 
 clean: ## remove the environment (runs stay)
-	rm -rf $(VENV) .venv-pins
+	rm -rf $(VENV) .venv-pins .venv-latest

@@ -28,9 +28,10 @@ LAYERS = {
         "byte_model",
         "transformer",
         "loss",
+        "health",
     ],
     "models": ["lazy_tensorflow", "templates", "formats", "gguf", "peft", "qlora", "gemma", "data", "packing"],
-    "work": ["hardware", "sharding", "generation", "training", "evaluation", "export"],
+    "work": ["hardware", "traps", "sharding", "generation", "training", "evaluation", "export"],
     "front": ["job", "pipeline", "cli"],
 }
 ORDER = [name for layer in LAYERS.values() for name in layer]

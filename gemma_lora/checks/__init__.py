@@ -86,6 +86,14 @@ from gemma_lora.checks.lesson_10 import (
     packed_gigabytes_by_hand,
     ternarize,
 )
+from gemma_lora.checks.lesson_12 import (
+    measured_slope,
+    mended_mean,
+    mended_step,
+    reported_loss_by_hand,
+    rounded_away,
+    share_that_moved,
+)
 
 __all__ = [
     "adapted_step",
@@ -122,6 +130,9 @@ __all__ = [
     "lora_forward",
     "lora_parameters",
     "loss_weights",
+    "measured_slope",
+    "mended_mean",
+    "mended_step",
     "merge",
     "merge_rslora",
     "merged_layer",
@@ -137,9 +148,12 @@ __all__ = [
     "rank_by_hand",
     "rank_for_energy",
     "rank_with_tolerance",
+    "reported_loss_by_hand",
     "rotate_at",
+    "rounded_away",
     "scale_and_zero_point",
     "segment_mask",
+    "share_that_moved",
     "standard_errors_apart",
     "straight_through_gradient",
     "surviving_share",
