@@ -199,7 +199,8 @@ def overfits_one_batch(model: keras.Model, batch: Batch, steps: int = 100, to: f
     """Whether training on this batch alone brings its loss down to a share of what it was.
 
     A model that cannot learn a few examples by heart has something in its way. (Or too small a learning rate, or too
-    few steps: then the loss has come down part of the way.)
+    few steps: then the loss has come down part of the way. Frozen embeddings and a frozen last norm bound the logits,
+    and so the loss from below.)
 
     Args:
         model: A compiled model.

@@ -16,9 +16,16 @@ def mean_loss(**more):
     return keras.losses.SparseCategoricalCrossentropy(from_logits=True, **more)
 
 
+def with_large_logits(model):
+    """Frozen norm and embeddings bound the logits of a random Gemma, and so how small a loss LoRA can reach."""
+    scale = model.backbone.layer_norm.scale
+    scale.assign(np.full(scale.shape, 5.0))
+    return model
+
+
 def gemma_with_lora(rate=0.02, **loss):
-    model = traps.tiny_gemma()
-    model.backbone.enable_lora(4)
+    model = with_large_logits(traps.tiny_gemma())
+    model.backbone.enable_lora(8, ["query", "key", "value", "attention_output", "ffw_gating", "ffw_linear"])
     model.compile(keras.optimizers.Adam(rate), mean_loss(**(loss or {"reduction": "mean_with_sample_weight"})))
     return model
 
@@ -41,7 +48,7 @@ def sound():
 
 
 def test_a_sound_training_passes_every_check(sound):
-    found = health.check(sound, traps.random_rows())
+    found = health.check(sound, traps.random_rows(rows=2))
     assert [str(finding) for finding in found if not finding.fine] == []
     assert len(found) == 5 and all(str(finding).startswith("✓ ") for finding in found)
 
@@ -59,11 +66,11 @@ def test_the_model_and_its_optimizer_are_given_back(sound):
 
 
 def test_it_looks_at_a_fine_tuner_too():
-    model = apply_lora(tiny_gemma(), rank=4, targets="all-linear")
+    model = apply_lora(with_large_logits(tiny_gemma()), rank=8, targets="all-linear")
     tuner = FineTuner(model, mixed_precision=False)
     tuner.compile(keras.optimizers.Adam(0.02))
-    x, y, weights = traps.random_rows(length=16)
-    x["padding_mask"] = np.array([[1] * 8 + [2] * 8] * 4, "int32")
+    x, y, weights = traps.random_rows(rows=2, length=16)
+    x["padding_mask"] = np.array([[1] * 8 + [2] * 8] * 2, "int32")
     found = health.check(tuner, (x, y, weights))
     assert [str(finding) for finding in found if not finding.fine] == []
     assert "neighbours are unseen" in [finding.check for finding in found]
@@ -98,7 +105,7 @@ def test_nothing_to_train_and_steps_too_small_are_named():
 
 
 def test_what_moves_tells_of_equal_paths_apart():
-    assert health._paths(network().weights)[0] == "hidden/kernel"
+    assert health._paths(network().weights)[0].endswith("hidden/kernel")
 
     class Weight:
         path = "a/kernel"
