@@ -42,8 +42,8 @@ finetune: $(VENV)/.runtime ## fine-tune Gemma 3 270M on data/expenses, with a re
 	@echo "Fine-tuning Gemma 3 270M on data/expenses. On two cores: about 15 minutes with the environment, 6 GB of memory, 0.3 GB of disk."
 	$(BIN)/gemma-lora finetune --data data/expenses --run-dir runs/expenses --limit $(LIMIT) $(ARGS)
 
-test: env ## unit tests, then every notebook under nbval (two cores: 30 minutes, 12 GB of memory)
-	@echo "Unit tests, then every notebook. On two cores: about 30 minutes, 12 GB of memory."
+test: env ## unit tests, then every notebook under nbval (two cores: 40 minutes, 12 GB of memory)
+	@echo "Unit tests, then every notebook. On two cores: about 40 minutes, 12 GB of memory."
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --ignore tests/parity
 	$(BIN)/python -m pytest -q $(NBVAL) notebooks
 
