@@ -27,7 +27,6 @@ import os
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +165,6 @@ def run_one(kind: str, method: str, value: float, rate: float) -> dict[str, Any]
     import gemma_lora as gl
     from gemma_lora import data, evaluation, hardware
 
-    started = time.perf_counter()
     hardware.use_compilation_cache()
     seed = int(value) if kind == "final" else SEEDS[0]
     model = prepared(method, seed)
@@ -194,7 +192,6 @@ def run_one(kind: str, method: str, value: float, rate: float) -> dict[str, Any]
         result["scores"][split] = {k: round(v, 4) for k, v in dataclasses.asdict(scores).items()}
     both = [result["scores"][split]["loss"] for split in ("validation", "validation_unseen")]
     result["validation_loss"] = round(sum(both) / 2, 4)
-    result["seconds"] = round(time.perf_counter() - started, 1)
     return result
 
 
@@ -249,7 +246,7 @@ def main() -> int:
             return 1
         runs[name] = result
         write(chosen.output, runs)
-        shown = ("failed", "validation_loss", "scores", "median_step_seconds", "peak_memory_bytes", "seconds")
+        shown = ("failed", "validation_loss", "scores", "median_step_seconds", "peak_memory_bytes")
         print(name, {key: result[key] for key in shown if key in result}, flush=True)
     return 0
 
