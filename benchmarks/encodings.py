@@ -7,7 +7,7 @@ weights, so the second column is an adapter on another base than its own. Beside
 The mean difference of the English loss from float32's comes with a standard error. The losses are paired, blocks of 64
 tokens in both runs: neighbours in a text are not independent, blocks nearly are.
 
-    python benchmarks/encodings.py               # what is missing: about 5 minutes on two cores, 3 GB
+    python benchmarks/encodings.py               # what is missing: some minutes on two cores, 3 GB
     python benchmarks/encodings.py --only nf4    # one encoding
 """
 

@@ -6,8 +6,8 @@ and `validation_unseen`: the loss of the answers' tokens, and exact match, the s
 the most probable one after the right tokens before it. The test splits are not used.
 Each run is a process of its own and is written to the JSON when it is done; what is there is not made again.
 
-    python benchmarks/learning_curve.py                   # what is missing: about 7 hours, most of it for all lines
-    python benchmarks/learning_curve.py --most 800        # up to 800 lines: about 1 hour
+    python benchmarks/learning_curve.py                   # what is missing: hours, most of them for all lines
+    python benchmarks/learning_curve.py --most 800        # up to 800 lines
     python benchmarks/learning_curve.py --list            # the runs, and which are there
 """
 

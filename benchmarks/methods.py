@@ -12,10 +12,10 @@ Each run is a process of its own and is written to the JSON when it is done; wha
 and start it as you like. Exact match and memory do not depend on what else the machine does; time does, and is
 therefore measured apart, by `--time`.
 
-    python benchmarks/methods.py                            # what is missing: about 6 hours on two cores
+    python benchmarks/methods.py                            # what is missing: hours on two cores
     python benchmarks/methods.py --methods lora_all nf4_dq  # these two, all their runs
     python benchmarks/methods.py --list                     # the runs in their order, and which are there
-    python benchmarks/methods.py --time                     # seconds a step, on a quiet machine: about 20 minutes
+    python benchmarks/methods.py --time                     # seconds a step, on a quiet machine
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ import json
 import os
 import statistics
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +33,9 @@ os.environ.setdefault("KERAS_BACKEND", "jax")
 ROOT = Path(__file__).resolve().parent.parent
 ROW_LENGTH = 384
 #: Training lines of a run, and how many lines of each validation split it is scored on.
-LINES = {"rate": 160, "final": 600}
+LINES = {"rate": 160, "final": 600, "time": 24}
 VALIDATION = {"rate": 48, "final": 100}
 SEEDS = (0, 1, 2)
-TIMED_STEPS = 4
 
 LORA, SMALL, LARGE = (2.5e-4, 5e-4, 1e-3), (5e-4, 1e-3, 2e-3), (1.25e-4, 2.5e-4, 5e-4)
 ALL: dict[str, Any] = {"rank": 16, "targets": "all-linear"}
@@ -77,11 +75,12 @@ def name_of(kind: str, method: str, value: float | int) -> str:
 
 
 def best_rate(runs: dict[str, dict], method: str) -> float | None:
-    """The rate whose short run has the least validation loss, once all of them are there."""
+    """The rate whose short run has the least validation loss; None until all are there, or where all failed."""
     short = [runs.get(name_of("rate", method, rate)) for rate in METHODS[method]["rates"]]
-    if any(run is None for run in short):
+    fine = [run for run in short if run is not None and "failed" not in run]
+    if None in short or not fine:
         return None
-    return min((run for run in short if "failed" not in run), key=lambda run: run["validation_loss"])["rate"]
+    return min(fine, key=lambda run: run["validation_loss"])["rate"]
 
 
 def prepared(method: str, seed: int):
@@ -112,64 +111,43 @@ def keras_int8_lora(model, rank: int, seed: int) -> None:
 
     keras.utils.set_random_seed(seed)
     layers = [layer for _, _, layer in lora._linear_layers(model)]
-    model.trainable = False
+    for variable in model.variables:
+        variable.trainable = False
     for layer in layers:
         layer.quantize("int8")
-        layer.trainable = True
         layer.enable_lora(rank)
 
 
-def trained(model, rate: float, seed: int, limit: int, lines=None) -> dict[str, Any]:
+def trained(model, dataset, rate: float, seed: int, limit: int) -> dict[str, Any]:
     """Fine-tunes a prepared model in place, and says what it cost."""
-    import keras
+    import short_training
 
     import gemma_lora as gl
 
     tuner = gl.FineTuner(model, learning_rate=rate, row_length=ROW_LENGTH, seed=seed)
-
-    def tell(step, logs):
-        if step % 20 == 19:
-            print(f"  step {step + 1}: loss {tuner.log.rows[-1]['loss']:.3f}", file=sys.stderr, flush=True)
-
-    watch = keras.callbacks.LambdaCallback(on_train_batch_end=tell)
-    dataset = gl.load_dataset(ROOT / "data/expenses") if lines is None else lines
-    try:
-        tuner.fit(dataset, limit=limit, verbose=0, callbacks=[watch])
-    except gl.GemmaLoraError as error:  # a rate so high that the loss is no number
-        return {"failed": str(error)}
+    if error := short_training.fit(tuner, dataset, limit, every=20):
+        return {"failed": error}
     return {
-        "trained_parameters": sum(int(v.value.size) for v in model.trainable_variables),
+        "trained_parameters": short_training.trained_parameters(model),
         "weight_bytes": sum(v.value.nbytes for v in model.variables if "seed_generator" not in v.path),
         "losses": [round(row["loss"], 4) for row in tuner.log.rows],
         "seconds_of_steps": [round(row["seconds"], 3) for row in tuner.log.rows],
     }
 
 
-def adapter_bytes(model) -> int | None:
-    """Size of what has to be kept of a training: the adapter's file. None where there is no such file."""
-    import gemma_lora as gl
-    from gemma_lora import adapters, lora
-
-    with tempfile.TemporaryDirectory() as folder:
-        if lora.lora_layers(model):
-            gl.save_adapter(model, folder)
-        elif adapters.adapter_layers(model):
-            adapters.save(model, Path(folder) / "adapters.safetensors")
-        else:
-            return None
-        return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
-
-
 def run_one(kind: str, method: str, value: float, rate: float) -> dict[str, Any]:
     """One run in this process."""
+    import short_training
+
     import gemma_lora as gl
     from gemma_lora import data, evaluation, hardware
 
     hardware.use_compilation_cache()
     seed = int(value) if kind == "final" else SEEDS[0]
     model = prepared(method, seed)
-    limit = 6 * TIMED_STEPS if kind == "time" else LINES[kind]
-    result = {"method": method, "rate": rate, "seed": seed, "lines": limit, **trained(model, rate, seed, limit)}
+    dataset = gl.load_dataset(ROOT / "data/expenses")
+    result = {"method": method, "rate": rate, "seed": seed, "lines": LINES[kind]}
+    result |= trained(model, dataset, rate, seed, LINES[kind])
     if "failed" in result:
         return result
     if kind == "time":
@@ -177,14 +155,13 @@ def run_one(kind: str, method: str, value: float, rate: float) -> dict[str, Any]
         return result | {"peak_memory_bytes": hardware.peak_memory_bytes()}
     del result["seconds_of_steps"]
     result["peak_memory_bytes"] = hardware.peak_memory_bytes()  # of the training: scoring would add its own
-    dataset = gl.load_dataset(ROOT / "data/expenses")
     splits = {
         "validation": dataset.validation[: VALIDATION[kind]],
         "validation_unseen": data.read_jsonl(ROOT / "data/expenses/validation_unseen.jsonl")[: VALIDATION[kind]],
     }
     if kind == "final":
         splits |= {name: dataset.tests[name] for name in ("test", "test_unseen")}
-        result["adapter_bytes"] = adapter_bytes(model)
+        result["adapter_bytes"] = short_training.adapter_bytes(model)
         result["english_perplexity"] = round(evaluation.perplexity(model, evaluation.english_text()), 2)
     result["scores"] = {}
     for split, examples in splits.items():
@@ -239,7 +216,11 @@ def main() -> int:
             continue
         if name in runs and kind != "time":
             continue
-        rate = value if kind == "rate" else best_rate(runs, method) or METHODS[method]["rates"][1]
+        rate = value if kind == "rate" else best_rate(runs, method)
+        if rate is None and kind == "final":
+            print(f"{name}: no rate of {method} gave a loss that is a number", file=sys.stderr)
+            continue
+        rate = rate or METHODS[method]["rates"][1]  # a step takes as long at any rate
         print(f"{name} at rate {rate:g}", file=sys.stderr, flush=True)
         result = one_process.measure(__file__, "--one", kind, method, f"{value:g}", f"{rate:g}", quiet=False)
         if result is None:

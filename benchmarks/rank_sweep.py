@@ -25,7 +25,6 @@ import json
 import os
 import statistics
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -53,7 +52,7 @@ RUNS |= {f"rank-16-all-seed-{seed}": settings_of("rank", seed=seed) for seed in 
 
 def train(model, dataset, settings: dict) -> dict:
     """Fine-tunes a model in place, and says what it cost."""
-    import keras
+    import short_training
 
     import gemma_lora as gl
 
@@ -62,19 +61,11 @@ def train(model, dataset, settings: dict) -> dict:
         gl.apply_lora(model, settings["rank"], ALPHA, targets, seed=1000 * settings["seed"])
     named = {"learning_rate": settings["rate"], "row_length": ROW_LENGTH, "seed": settings["seed"]}
     tuner = gl.FineTuner(model, mixed_precision=True, **named)
-
-    def tell(step, logs):
-        if step % 10 == 9:
-            print(f"  step {step + 1}: loss {tuner.log.rows[-1]['loss']:.3f}", file=sys.stderr, flush=True)
-
-    watch = keras.callbacks.LambdaCallback(on_train_batch_end=tell)
-    try:
-        tuner.fit(dataset, limit=settings["lines"], verbose=0, callbacks=[watch])
-    except gl.GemmaLoraError as error:  # a rate so high that the loss is no number
-        return {"failed": str(error)}
+    if error := short_training.fit(tuner, dataset, settings["lines"]):
+        return {"failed": error}
     seconds = [row["seconds"] for row in tuner.log.rows]
     return {
-        "trained_parameters": sum(int(v.value.size) for v in model.trainable_variables),
+        "trained_parameters": short_training.trained_parameters(model),
         "steps": len(seconds),
         "median_step_seconds": round(statistics.median(seconds), 3),
         "training_seconds": round(statistics.median(seconds) * len(seconds), 1),  # without compiling
@@ -100,17 +91,10 @@ def spectra(model) -> dict:
     }
 
 
-def adapter_bytes(model) -> int:
-    """Size of the adapter's safetensors file."""
-    import gemma_lora as gl
-
-    with tempfile.TemporaryDirectory() as folder:
-        gl.save_adapter(model, folder)
-        return (Path(folder) / "adapter_model.safetensors").stat().st_size
-
-
 def run_one(name: str) -> dict:
     """One run in this process."""
+    import short_training
+
     import gemma_lora as gl
     from gemma_lora import data, evaluation, hardware
 
@@ -128,7 +112,7 @@ def run_one(name: str) -> dict:
             scores = evaluation.teacher_forced(model, lines, dataset.template, ROW_LENGTH)
             result.setdefault("scores", {})[split] = dataclasses.asdict(scores)
         if settings["method"] == "lora":
-            result |= {"adapter_bytes": adapter_bytes(model), "spectra": spectra(model)}
+            result |= {"adapter_bytes": short_training.adapter_bytes(model), "spectra": spectra(model)}
     result["peak_memory_bytes"] = hardware.peak_memory_bytes()
     result["seconds"] = round(time.perf_counter() - started, 1)
     return result

@@ -5,7 +5,7 @@ the full vocabulary of 262,144. One process each: three steps, of which the fast
 A smaller vocabulary is the first rows of the embedding. Where nothing else ran, compare times; peaks always.
 Each setting is written to the JSON when it is measured, and not measured again; the picture is drawn at the end.
 
-    python benchmarks/scaling.py              # what is missing, then the picture: about 15 minutes on two cores
+    python benchmarks/scaling.py              # what is missing, then the picture
     python benchmarks/scaling.py --draw       # the picture only
 """
 

@@ -28,7 +28,7 @@ from gemma_lora import checkpoint  # noqa: E402
 from gemma_lora import data as data_module  # noqa: E402
 from gemma_lora.files import GemmaLoraError, write_json_atomic, write_text_atomic  # noqa: E402
 from gemma_lora.hardware import Program, memory_bytes, use_compilation_cache  # noqa: E402
-from gemma_lora.lora import lora_layers  # noqa: E402
+from gemma_lora.lora import kernel_matrix, lora_layers  # noqa: E402
 from gemma_lora.loss import chunked_cross_entropy  # noqa: E402
 from gemma_lora.packed import Int8Rows  # noqa: E402
 from gemma_lora.packing import Batch, pack  # noqa: E402
@@ -262,7 +262,7 @@ class FineTuner(keras.Model):
         for layer in layers:
             if layer.is_packed:  # it rounds what it decodes
                 continue
-            kernel = rounded(layer.to_matrix(keras.ops.convert_to_tensor(layer.base._kernel)))
+            kernel = rounded(kernel_matrix(layer.base))
             layer.rounded_kernel = lambda kernel=kernel: kernel.value
         embedding = self.causal_lm.backbone.token_embedding
         if not any(v.trainable for v in embedding.trainable_variables) and not isinstance(embedding, PackedEmbedding):

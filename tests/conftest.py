@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from pathlib import Path
 
 os.environ["KERAS_BACKEND"] = "jax"
 # Tests build the same tiny models again and again; what XLA has compiled once it need not compile again.
@@ -102,3 +103,20 @@ def real_gemma():
     from gemma_lora.gemma import load_gemma
 
     return load_gemma()
+
+
+@pytest.fixture
+def benchmark_script(monkeypatch):
+    """Gives a script of `benchmarks/` as a module, by its name."""
+    import importlib.util
+
+    folder = Path(__file__).parents[1] / "benchmarks"
+    monkeypatch.syspath_prepend(folder)  # where a script finds what it shares with others
+
+    def load(name: str):
+        spec = importlib.util.spec_from_file_location(f"benchmarks.{name}", folder / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load

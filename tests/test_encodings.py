@@ -1,6 +1,5 @@
 """benchmarks/encodings.py: its sizes are the arrays' and its losses those of `evaluation.perplexity`."""
 
-import importlib.util
 import json
 import math
 import types
@@ -12,15 +11,12 @@ import pytest
 from gemma_lora import evaluation, qlora
 
 ROOT = Path(__file__).parents[1]
-SCRIPT, RESULTS = ROOT / "benchmarks/encodings.py", ROOT / "benchmarks/results/encodings.json"
+RESULTS = ROOT / "benchmarks/results/encodings.json"
 
 
 @pytest.fixture
-def encodings():
-    spec = importlib.util.spec_from_file_location("encodings", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def encodings(benchmark_script):
+    return benchmark_script("encodings")
 
 
 @pytest.fixture

@@ -1,8 +1,6 @@
 """benchmarks/rank_sweep.py: its runs are what their names say."""
 
-import importlib.util
 import types
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,16 +10,12 @@ import gemma_lora as gl
 from gemma_lora import lora
 from gemma_lora.templates import Template
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks/rank_sweep.py"
 PLAIN = Template(prompt="{prompt}=", response="{response}")  # an answer without the token that ends it
 
 
 @pytest.fixture
-def sweep():
-    spec = importlib.util.spec_from_file_location("rank_sweep", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def sweep(benchmark_script):
+    return benchmark_script("rank_sweep")
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """README's tables are those of benchmarks/results, and its links lead somewhere."""
 
-import importlib.util
 import json
 import re
 from pathlib import Path
@@ -11,12 +10,9 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.fixture(scope="module")
-def tables():
-    spec = importlib.util.spec_from_file_location("readme_tables", ROOT / "benchmarks/readme_tables.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def tables(benchmark_script):
+    return benchmark_script("readme_tables")
 
 
 def test_the_tables_are_those_of_the_results(tables):

@@ -1,0 +1,96 @@
+"""benchmarks/methods.py, learning_curve.py and scaling.py: each run trains what its name says."""
+
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gemma_lora as gl
+from gemma_lora import adapters, lora, qlora
+from gemma_lora.templates import Template
+
+PLAIN = Template(prompt="{prompt}=", response="{response}")
+LINES = [{"prompt": f"a{i}", "response": f"b{i % 7}"} for i in range(60)]
+
+
+@pytest.fixture
+def methods(benchmark_script):
+    return benchmark_script("methods")
+
+
+@pytest.fixture
+def loading(monkeypatch, gemma, tokenizer):
+    """`load_gemma` gives a tiny Gemma, packed if that is asked for; GGUF blocks come from a file only."""
+
+    def load(quantization=None, double_quant=False):
+        gemma.preprocessor = types.SimpleNamespace(tokenizer=tokenizer)
+        return gemma if quantization is None else qlora.quantize_base(gemma, quantization, double_quant) or gemma
+
+    monkeypatch.setattr(gl, "load_gemma", load)
+
+
+@pytest.mark.parametrize(
+    "method", ["full", "lora_qv_4", "dora_all", "rslora_all", "houlsby", "int8_keras", "nf4_dq", "int4"]
+)
+def test_a_method_trains_what_its_name_says(methods, loading, method):
+    model = methods.prepared(method, seed=0)
+    named = [variable.path.rsplit("/", 1)[-1] for variable in model.trainable_variables]
+    settings = methods.METHODS[method]
+    layers = lora.lora_layers(model)
+    if method == "full":
+        assert len(named) == len(model.backbone.weights)
+    elif method == "houlsby":
+        assert len(adapters.adapter_layers(model)) == 4 and not layers
+    elif method == "int8_keras":
+        assert set(named) == {"lora_kernel_a", "lora_kernel_b"} and len(named) == 2 * 14
+        assert any(variable.dtype == "int8" for variable in model.variables)
+    else:
+        assert len(layers) == 2 * (7 if settings["lora"]["targets"] == "all-linear" else 2)
+        assert {layer.rank for layer in layers} == {settings["lora"]["rank"]}
+        assert {(layer.dora, layer.rslora) for layer in layers} == {(method == "dora_all", method == "rslora_all")}
+        assert len(qlora.packed_layers(model)) == (14 if "quantization" in settings else 0)
+    before = [np.asarray(variable.value) for variable in model.variables]
+    result = methods.trained(model, gl.load_dataset(LINES, template=PLAIN), 1e-3, seed=0, limit=60)
+    assert len(result["losses"]) > 0 and np.all(np.isfinite(result["losses"]))
+    assert result["trained_parameters"] == sum(variable.value.size for variable in model.trainable_variables)
+    moved = {v.path for old, v in zip(before, model.variables, strict=True) if np.any(old != jnp.asarray(v.value))}
+    assert moved <= {v.path for v in model.trainable_variables} and moved
+
+
+def test_a_rate_is_chosen_when_all_its_method_has_are_there(methods):
+    rates = methods.METHODS["lora_all"]["rates"]
+    runs = {
+        methods.name_of("rate", "lora_all", rate): {"rate": rate, "validation_loss": loss}
+        for rate, loss in zip(rates, (0.3, 0.1, 0.2), strict=True)
+    }
+    assert methods.best_rate(runs, "lora_all") == rates[1]
+    runs[methods.name_of("rate", "lora_all", rates[1])] = {"rate": rates[1], "failed": "NaN"}
+    assert methods.best_rate(runs, "lora_all") == rates[2]
+    assert methods.best_rate(dict(list(runs.items())[:2]), "lora_all") is None
+    assert methods.best_rate({name: {"failed": "NaN"} for name in runs}, "lora_all") is None
+
+
+def test_rates_come_before_what_they_are_chosen_for(methods):
+    plan = methods.planned()
+    assert len(set(plan)) == len(plan)
+    for place, (kind, method, _) in enumerate(plan):
+        if kind == "final":
+            rates = {value for kind, name, value in plan[:place] if (kind, name) == ("rate", method)}
+            assert rates == set(methods.METHODS[method]["rates"])
+
+
+def test_a_larger_set_of_lines_holds_the_smaller_ones_of_its_seed(benchmark_script):
+    curve = benchmark_script("learning_curve")
+    small, large, other = (curve.chosen_lines(list(range(100)), n, seed) for n, seed in ((10, 1), (50, 1), (10, 2)))
+    assert large[:10] == small != other and len(set(large)) == 50
+
+
+def test_a_smaller_vocabulary_changes_no_hidden_state(benchmark_script, gemma):
+    scaling = benchmark_script("scaling")
+    small = scaling.with_vocabulary(gemma, 64)
+    ids = np.random.default_rng(0).integers(0, 64, (1, 9))
+    x = {"token_ids": ids, "padding_mask": np.ones_like(ids)}
+    np.testing.assert_array_equal(np.asarray(small.backbone(x)), np.asarray(gemma.backbone(x)))
+    assert small.backbone.token_embedding.embeddings.shape[0] == 64
+    assert scaling.with_vocabulary(gemma, gemma.backbone.vocabulary_size) is gemma
