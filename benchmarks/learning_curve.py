@@ -18,7 +18,7 @@ import dataclasses
 import json
 import os
 import sys
-import time
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ os.environ.setdefault("KERAS_BACKEND", "jax")
 ROOT = Path(__file__).resolve().parent.parent
 COUNTS = (25, 50, 100, 200, 400, 800, 1600, 3200, 6000)
 SEEDS = (0, 1, 2)
-RANK, RATE, ROW_LENGTH, SCORED = 16, 5e-4, 384, 150
+RANK, ROW_LENGTH, SCORED = 16, 384, 150
 
 
 def chosen_lines(examples: list, count: int, seed: int) -> list:
@@ -37,64 +37,82 @@ def chosen_lines(examples: list, count: int, seed: int) -> list:
     return [examples[i] for i in order[:count]]
 
 
-def run_one(count: int, seed: int) -> dict[str, Any]:
+def run_one(count: int, seed: int, rate: float) -> dict[str, Any]:
     """One training in this process, scored."""
     import gemma_lora as gl
     from gemma_lora import data, evaluation, hardware
 
-    started = time.perf_counter()
     hardware.use_compilation_cache()
     dataset = gl.load_dataset(ROOT / "data/expenses")
     unseen = data.read_jsonl(ROOT / "data/expenses/validation_unseen.jsonl")
     dataset = dataclasses.replace(dataset, train=chosen_lines(dataset.train, count, seed))
     model = gl.load_gemma()
     gl.apply_lora(model, rank=RANK, targets="all-linear", seed=1000 * seed)
-    tuner = gl.FineTuner(model, learning_rate=RATE, row_length=ROW_LENGTH, seed=seed)
+    tuner = gl.FineTuner(model, learning_rate=rate, row_length=ROW_LENGTH, seed=seed)
     tuner.fit(dataset, verbose=0)
     result: dict[str, Any] = {"lines": count, "seed": seed, "steps": len(tuner.log.rows), "scores": {}}
     for split, lines in {"validation": dataset.validation, "validation_unseen": unseen}.items():
         scores = evaluation.teacher_forced(model, lines[:SCORED], dataset.template, ROW_LENGTH)
         result["scores"][split] = {k: round(v, 4) for k, v in dataclasses.asdict(scores).items()}
-    return result | {"seconds": round(time.perf_counter() - started, 1)}
+    return result
 
 
-def write(path: Path, runs: dict[str, dict]) -> None:
+def write(path: Path, runs: dict[str, dict], rate: float) -> None:
     """Writes the runs that are there, by lines and seed, with the machine and the versions."""
     from gemma_lora.files import write_json_atomic
     from gemma_lora.hardware import machine
     from gemma_lora.job import versions
 
-    settings = {"rank": RANK, "targets": "all-linear", "learning_rate": RATE, "row_length": ROW_LENGTH}
+    settings = {"rank": RANK, "targets": "all-linear", "learning_rate": rate, "row_length": ROW_LENGTH}
     ordered = {f"{n}/{seed}": runs[f"{n}/{seed}"] for n in COUNTS for seed in SEEDS if f"{n}/{seed}" in runs}
     write_json_atomic(path, {"runs": ordered, "settings": settings, "machine": machine(), "versions": versions()})
 
 
 def main() -> int:
     """Makes the runs that are missing, small ones first, and writes the JSON after each."""
+    from gemma_lora.job import Settings
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--most", type=int, default=COUNTS[-1], help="leave out runs with more lines")
     parser.add_argument("--list", action="store_true", help="print the runs and stop")
+    parser.add_argument("--rate", type=float, default=Settings.learning_rate, help="default: the job's, %(default)g")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; more than one for a large accelerator")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/learning_curve.json")
     parser.add_argument("--one", nargs=2, type=int, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     import one_process
 
     if chosen.one:
-        one_process.report(run_one(*chosen.one))
+        one_process.report(run_one(*chosen.one, chosen.rate))
         return 0
-    for count, seed in [(count, seed) for count in COUNTS if count <= chosen.most for seed in SEEDS]:
-        runs = json.loads(chosen.output.read_text())["runs"] if chosen.output.exists() else {}
-        name = f"{count}/{seed}"
-        if chosen.list:
-            print(name, "(done)" if name in runs else "")
-        elif name not in runs:
-            result = one_process.measure(__file__, "--one", str(count), str(seed))
-            if result is None:
-                return 1
-            runs[name] = result
-            write(chosen.output, runs)
-            print(name, result["scores"], f"{result['seconds']} s", flush=True)
-    return 0
+    record = json.loads(chosen.output.read_text()) if chosen.output.exists() else {"runs": {}}
+    runs = record["runs"]
+    if runs and record["settings"]["learning_rate"] != chosen.rate:
+        print(
+            f"{chosen.output} holds runs at rate {record['settings']['learning_rate']:g}. Move it away, or say --rate."
+        )
+        return 1
+    wanted = [(count, seed) for count in COUNTS if count <= chosen.most for seed in SEEDS]
+    if chosen.list:
+        for count, seed in wanted:
+            print(f"{count}/{seed}", "(done)" if f"{count}/{seed}" in runs else "")
+        return 0
+    lock = threading.Lock()
+
+    def make(count: int, seed: int) -> bool:
+        result = one_process.measure(__file__, "--rate", str(chosen.rate), "--one", str(count), str(seed))
+        if result is None:
+            return False
+        with lock:
+            runs[f"{count}/{seed}"] = result
+            write(chosen.output, runs, chosen.rate)
+        print(f"{count}/{seed}", result["scores"], flush=True)
+        return True
+
+    missing = [(count, seed) for count, seed in wanted if f"{count}/{seed}" not in runs]
+    if chosen.jobs > 1:
+        missing.reverse()  # the long ones first, so that none is waited for at the end
+    return 0 if all(one_process.at_once(chosen.jobs, make, missing)) else 1
 
 
 if __name__ == "__main__":

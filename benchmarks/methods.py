@@ -3,16 +3,18 @@
 Every method sees the same lines in the same order, in packed rows of 384 tokens, in float32. Two kinds of runs:
 
   rate/<method>/<rate>   short; the rate with the least loss on lines of `validation` and `validation_unseen` is chosen
-  final/<method>/<seed>  longer, at that rate; scored once on all of `test` and `test_unseen`
+  final/<method>/<seed>  longer, at that rate; scored on lines of `validation` on the way, which shows how many lines a
+                         method needs, and once, at the end, on all of `test` and `test_unseen`
 
 Scored are the loss of the answers' tokens, teacher-forced exact match (the share of answers of which every token is the
 most probable one after the right tokens before it: what greedy generation would write to the letter), and the
 perplexity of English text, which shows forgetting. Five methods have three seeds, the others one.
 Each run is a process of its own and is written to the JSON when it is done; what is there is not made again, so stop it
-and start it as you like. Exact match and memory do not depend on what else the machine does; time does, and is
-therefore measured apart, by `--time`.
+and start it as you like. The scores do not depend on what else the machine does. Time and memory do; they are measured
+apart, by `--time`, on the machine they are said for.
 
-    python benchmarks/methods.py                            # what is missing: hours on two cores
+    python benchmarks/methods.py                            # what is missing: a day on two cores
+    XLA_PYTHON_CLIENT_PREALLOCATE=false python benchmarks/methods.py --jobs 9   # minutes on an H100 with 16 cores
     python benchmarks/methods.py --methods lora_all nf4_dq  # these two, all their runs
     python benchmarks/methods.py --list                     # the runs in their order, and which are there
     python benchmarks/methods.py --time                     # seconds a step, on a quiet machine
@@ -22,10 +24,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import statistics
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -33,25 +37,27 @@ os.environ.setdefault("KERAS_BACKEND", "jax")
 ROOT = Path(__file__).resolve().parent.parent
 ROW_LENGTH = 384
 #: Training lines of a run, and how many lines of each validation split it is scored on.
-LINES = {"rate": 160, "final": 600, "time": 24}
-VALIDATION = {"rate": 48, "final": 100}
+LINES = {"rate": 400, "final": 2400, "time": 24}
+VALIDATION = {"rate": 100, "final": 150}
+#: After so many lines a final run is scored on `validation`.
+ON_THE_WAY = (300, 600, 1200, 1800)
 SEEDS = (0, 1, 2)
 
-LORA, SMALL, LARGE = (2.5e-4, 5e-4, 1e-3), (5e-4, 1e-3, 2e-3), (1.25e-4, 2.5e-4, 5e-4)
+LORA, SMALL, LARGE = (2.5e-4, 5e-4, 1e-3, 2e-3), (5e-4, 1e-3, 2e-3, 4e-3), (6e-5, 1.25e-4, 2.5e-4, 5e-4)
 ALL: dict[str, Any] = {"rank": 16, "targets": "all-linear"}
 #: What loads the model, what is put on it, and the rates that are tried. In the order in which the runs are made.
 METHODS: dict[str, dict[str, Any]] = {
     "lora_all": {"lora": ALL, "rates": LORA},
     "nf4_dq": {"lora": ALL, "quantization": "nf4", "double_quant": True, "rates": LORA},
     "lora_qv_8": {"lora": {"rank": 8, "targets": ("query", "value")}, "rates": SMALL},
-    "full": {"rates": (7e-6, 1.5e-5, 3e-5)},
+    "full": {"rates": (1.5e-5, 3e-5, 6e-5, 1.2e-4)},
     "dora_all": {"lora": {**ALL, "dora": True}, "rates": LORA},
     "int8": {"lora": ALL, "quantization": "int8", "rates": LORA},
     "int8_keras": {"keras": {"rank": 16}, "quantization": "keras", "rates": LORA},
     "gguf": {"lora": ALL, "quantization": "gguf", "rates": LORA},
     "int4": {"lora": ALL, "quantization": "int4", "rates": LORA},
     "rslora_all": {"lora": {**ALL, "rslora": True}, "rates": LARGE},
-    "houlsby": {"adapters": {"bottleneck": 80}, "rates": (1e-3, 3e-3, 1e-2)},
+    "houlsby": {"adapters": {"bottleneck": 80}, "rates": (5e-4, 1e-3, 3e-3, 1e-2)},
     "lora_qv_1": {"lora": {"rank": 1, "targets": ("query", "value")}, "rates": SMALL},
     "lora_qv_4": {"lora": {"rank": 4, "targets": ("query", "value")}, "rates": SMALL},
     "lora_qv_16": {"lora": {"rank": 16, "targets": ("query", "value")}, "rates": SMALL},
@@ -118,16 +124,32 @@ def keras_int8_lora(model, rank: int, seed: int) -> None:
         layer.enable_lora(rank)
 
 
-def trained(model, dataset, rate: float, seed: int, limit: int) -> dict[str, Any]:
-    """Fine-tunes a prepared model in place, and says what it cost."""
+def trained(model, dataset, rate: float, seed: int, limit: int, on_the_way: tuple[int, ...] = ()) -> dict[str, Any]:
+    """Fine-tunes a prepared model in place, and says what it cost and how it did after so many lines."""
+    import keras
     import short_training
 
     import gemma_lora as gl
+    from gemma_lora import evaluation
 
     tuner = gl.FineTuner(model, learning_rate=rate, row_length=ROW_LENGTH, seed=seed)
-    if error := short_training.fit(tuner, dataset, limit, every=20):
+    progress: dict[str, float] = {}
+
+    class OnTheWay(keras.callbacks.Callback):
+        """Scores after shares of the steps: rows hold about equally many lines, so those are shares of the lines."""
+
+        def on_train_batch_end(self, batch, logs=None):
+            for lines in on_the_way:
+                if batch + 1 == round(lines / limit * self.params["steps"]):
+                    tuner.jax_state_sync()  # Keras keeps the values apart while it trains
+                    some = dataset.validation[: VALIDATION["final"]]
+                    scores = evaluation.teacher_forced(model, some, dataset.template, ROW_LENGTH)
+                    progress[str(lines)] = round(scores.exact_match, 4)
+
+    if error := short_training.fit(tuner, dataset, limit, every=20, callbacks=[OnTheWay()]):
         return {"failed": error}
     return {
+        "validation_on_the_way": progress,
         "trained_parameters": short_training.trained_parameters(model),
         "weight_bytes": sum(v.value.nbytes for v in model.variables if "seed_generator" not in v.path),
         "losses": [round(row["loss"], 4) for row in tuner.log.rows],
@@ -147,14 +169,13 @@ def run_one(kind: str, method: str, value: float, rate: float) -> dict[str, Any]
     model = prepared(method, seed)
     dataset = gl.load_dataset(ROOT / "data/expenses")
     result = {"method": method, "rate": rate, "seed": seed, "lines": LINES[kind]}
-    result |= trained(model, dataset, rate, seed, LINES[kind])
+    result |= trained(model, dataset, rate, seed, LINES[kind], ON_THE_WAY if kind == "final" else ())
     if "failed" in result:
         return result
     if kind == "time":
         result["median_step_seconds"] = round(statistics.median(result.pop("seconds_of_steps")[1:]), 3)
         return result | {"peak_memory_bytes": hardware.peak_memory_bytes()}
     del result["seconds_of_steps"]
-    result["peak_memory_bytes"] = hardware.peak_memory_bytes()  # of the training: scoring would add its own
     splits = {
         "validation": dataset.validation[: VALIDATION[kind]],
         "validation_unseen": data.read_jsonl(ROOT / "data/expenses/validation_unseen.jsonl")[: VALIDATION[kind]],
@@ -179,7 +200,7 @@ def write(path: Path, runs: dict[str, dict]) -> None:
     from gemma_lora.job import versions
 
     order = [name_of(*run) for run in planned()] + [f"time/{method}/0" for method in METHODS]
-    settings = {"row_length": ROW_LENGTH, "lines": LINES, "validation_lines": VALIDATION, "precision": "float32"}
+    settings = {"row_length": ROW_LENGTH, "lines": LINES, "validation_lines": VALIDATION, "on_the_way": ON_THE_WAY}
     record = {
         "runs": {name: runs[name] for name in order if name in runs},
         "methods": METHODS,
@@ -196,6 +217,7 @@ def main() -> int:
     parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="METHOD", default=list(METHODS))
     parser.add_argument("--list", action="store_true", help="print the runs and stop")
     parser.add_argument("--time", action="store_true", help="only measure seconds a step, anew")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; more than one for a large accelerator")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/methods.json")
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
@@ -205,31 +227,42 @@ def main() -> int:
         kind, method, value, rate = chosen.one
         one_process.report(run_one(kind, method, float(value), float(rate)))
         return 0
+    runs = json.loads(chosen.output.read_text())["runs"] if chosen.output.exists() else {}
     wanted = [run for run in planned() if run[1] in chosen.methods]
+    if chosen.list:
+        for run in wanted:
+            print(name_of(*run), "(done)" if name_of(*run) in runs else "")
+        return 0
+    wanted = [run for run in wanted if name_of(*run) not in runs]
     if chosen.time:
         wanted = [("time", method, 0) for method in chosen.methods]
-    for kind, method, value in wanted:
-        runs = json.loads(chosen.output.read_text())["runs"] if chosen.output.exists() else {}
-        name = name_of(kind, method, value)
-        if chosen.list:
-            print(name, "(done)" if name in runs else "")
-            continue
-        if name in runs and kind != "time":
-            continue
-        rate = value if kind == "rate" else best_rate(runs, method)
+    if chosen.jobs > 1:
+        wanted.sort(key=lambda run: run[0] == "final")  # what is alike, and does not wait for the others, together
+    lock = threading.Lock()
+
+    def make(kind: str, method: str, value: float | int) -> bool:
+        """One run, written when it is done; whether there is one."""
+        name, rate = name_of(kind, method, value), value if kind == "rate" else best_rate(runs, method)
         if rate is None and kind == "final":
             print(f"{name}: no rate of {method} gave a loss that is a number", file=sys.stderr)
-            continue
+            return False
         rate = rate or METHODS[method]["rates"][1]  # a step takes as long at any rate
         print(f"{name} at rate {rate:g}", file=sys.stderr, flush=True)
-        result = one_process.measure(__file__, "--one", kind, method, f"{value:g}", f"{rate:g}", quiet=False)
+        result = one_process.measure(__file__, "--one", kind, method, f"{value:g}", f"{rate:g}", quiet=chosen.jobs > 1)
         if result is None:
-            return 1
-        runs[name] = result
-        write(chosen.output, runs)
+            return False
+        with lock:
+            runs[name] = result
+            write(chosen.output, runs)
         shown = ("failed", "validation_loss", "scores", "median_step_seconds", "peak_memory_bytes")
         print(name, {key: result[key] for key in shown if key in result}, flush=True)
-    return 0
+        return True
+
+    done = [
+        one_process.at_once(chosen.jobs, make, list(group))
+        for _, group in itertools.groupby(wanted, key=lambda run: run[0])
+    ]
+    return 0 if all(map(all, done)) else 1
 
 
 if __name__ == "__main__":

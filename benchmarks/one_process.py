@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 _MARK = "RESULT "
@@ -33,3 +35,13 @@ def measure(script: str, *arguments: str, quiet: bool = True) -> dict[str, Any] 
         return json.loads(found[-1].removeprefix(_MARK))
     print(f"{' '.join(arguments)} failed:\n{(done.stderr or '')[-2000:]}", file=sys.stderr)
     return None
+
+
+def at_once(jobs: int, function: Callable[..., Any], items: Iterable[tuple]) -> list[Any]:
+    """`function(*item)` for every item, so many at a time; the results in the items' order.
+
+    For functions that wait for a process of their own. Several share an accelerator if each takes only the memory it
+    needs (`XLA_PYTHON_CLIENT_PREALLOCATE=false`).
+    """
+    with ThreadPoolExecutor(jobs) as pool:
+        return list(pool.map(lambda item: function(*item), items))

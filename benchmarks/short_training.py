@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 
-def fit(tuner, dataset, limit: int, every: int = 10) -> str | None:
+def fit(tuner, dataset, limit: int, every: int = 10, callbacks: Sequence = (), epochs: int = 1) -> str | None:
     """Trains on the first `limit` lines and tells of every so many steps on the error stream.
 
     Returns:
@@ -24,7 +25,7 @@ def fit(tuner, dataset, limit: int, every: int = 10) -> str | None:
 
     watch = keras.callbacks.LambdaCallback(on_train_batch_end=tell)
     try:
-        tuner.fit(dataset, limit=limit, verbose=0, callbacks=[watch])
+        tuner.fit(dataset, epochs=epochs, limit=limit, verbose=0, callbacks=[watch, *callbacks])
     except gl.GemmaLoraError as error:
         return str(error)
     return None
