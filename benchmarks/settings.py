@@ -45,7 +45,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "rank 64, rate 0.002": changed(lora={"rank": 64}, learning_rate=2e-3),
     "rank 8, rate 0.002": changed(lora={"rank": 8}, learning_rate=2e-3),
     "query and value, rate 0.002": changed(lora={"targets": ("query", "value")}, learning_rate=2e-3),
-    "alpha 32": changed(lora={"alpha": 32}),
+    **{f"alpha {alpha}": changed(lora={"alpha": alpha}) for alpha in (16, 64)},
     "dropout 0.05": changed(lora={"dropout": 0.05}),
     "2 rows a batch": changed(rows=2),
     "4 rows a batch": changed(rows=4),

@@ -1,5 +1,6 @@
 """benchmarks/methods.py, learning_curve.py and scaling.py: each run trains what its name says."""
 
+import dataclasses
 import types
 
 import jax.numpy as jnp
@@ -58,11 +59,46 @@ def test_a_method_trains_what_its_name_says(methods, loading, method):
     assert moved <= {v.path for v in model.trainable_variables} and moved
 
 
+def test_a_run_is_scored_on_the_way_with_the_weights_of_that_step(methods, loading, monkeypatch):
+    from gemma_lora import evaluation
+
+    model = methods.prepared("lora_all", seed=0)
+    dataset = dataclasses.replace(gl.load_dataset(LINES, template=PLAIN), validation=gl.load_dataset(LINES).train[:9])
+    seen = []
+
+    def teacher_forced(model, examples, template, row_length):
+        seen.append(sum(float(abs(layer.lora_b.value).sum()) for layer in lora.lora_layers(model)))
+        return evaluation.TeacherForced(0.0, len(seen) / 10, len(examples))
+
+    monkeypatch.setattr(evaluation, "teacher_forced", teacher_forced)
+    monkeypatch.setattr(methods, "ROW_LENGTH", 32)
+    result = methods.trained(model, dataset, 1e-2, seed=0, limit=60, on_the_way=(20, 40))
+    assert result["validation_on_the_way"] == {"20": 0.1, "40": 0.2}
+    assert 0 < seen[0] != seen[1]
+    final = sum(float(abs(layer.lora_b.value).sum()) for layer in lora.lora_layers(model))
+    assert final not in seen
+
+
+def test_several_runs_at_once_give_their_results_in_order(benchmark_script):
+    one_process = benchmark_script("one_process")
+    assert one_process.at_once(3, lambda a, b: a * b, [(1, 2), (3, 4), (5, 6), (7, 8)]) == [2, 12, 30, 56]
+
+
+def test_a_variant_changes_what_its_name_says(benchmark_script):
+    settings = benchmark_script("settings")
+    assert settings.changed() == settings.BASE
+    assert settings.VARIANTS["rank 64, rate 0.002"]["lora"] == {"rank": 64, "targets": "all-linear"}
+    assert settings.VARIANTS["rank 64, rate 0.002"]["tuner"]["learning_rate"] == 2e-3
+    assert settings.VARIANTS["600 lines twice"] == settings.BASE | {"lines": 600, "repeat": 2}
+    values = [repr(variant) for variant in settings.VARIANTS.values()]
+    assert len(values) - len(set(values)) == 0
+
+
 def test_a_rate_is_chosen_when_all_its_method_has_are_there(methods):
     rates = methods.METHODS["lora_all"]["rates"]
     runs = {
         methods.name_of("rate", "lora_all", rate): {"rate": rate, "validation_loss": loss}
-        for rate, loss in zip(rates, (0.3, 0.1, 0.2), strict=True)
+        for rate, loss in zip(rates, (0.3, 0.1, 0.2, 0.4), strict=True)
     }
     assert methods.best_rate(runs, "lora_all") == rates[1]
     runs[methods.name_of("rate", "lora_all", rates[1])] = {"rate": rates[1], "failed": "NaN"}
