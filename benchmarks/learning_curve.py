@@ -110,8 +110,6 @@ def main() -> int:
         return True
 
     missing = [(count, seed) for count, seed in wanted if f"{count}/{seed}" not in runs]
-    if chosen.jobs > 1:
-        missing.reverse()  # the long ones first, so that none is waited for at the end
     return 0 if all(one_process.at_once(chosen.jobs, make, missing)) else 1
 
 

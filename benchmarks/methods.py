@@ -152,9 +152,16 @@ def trained(model, dataset, rate: float, seed: int, limit: int, on_the_way: tupl
         "validation_on_the_way": progress,
         "trained_parameters": short_training.trained_parameters(model),
         "weight_bytes": sum(v.value.nbytes for v in model.variables if "seed_generator" not in v.path),
-        "losses": [round(row["loss"], 4) for row in tuner.log.rows],
+        "losses": twentieths([row["loss"] for row in tuner.log.rows]),
         "seconds_of_steps": [round(row["seconds"], 3) for row in tuner.log.rows],
     }
+
+
+def twentieths(losses: list[float]) -> list[float]:
+    """The mean of each twentieth of the steps' losses (of each step, where there are fewer)."""
+    import numpy as np
+
+    return [round(float(part.mean()), 4) for part in np.array_split(losses, min(20, len(losses)))]
 
 
 def run_one(kind: str, method: str, value: float, rate: float) -> dict[str, Any]:
@@ -169,6 +176,7 @@ def run_one(kind: str, method: str, value: float, rate: float) -> dict[str, Any]
     model = prepared(method, seed)
     dataset = gl.load_dataset(ROOT / "data/expenses")
     result = {"method": method, "rate": rate, "seed": seed, "lines": LINES[kind]}
+    result["device"] = hardware.machine()["devices"]
     result |= trained(model, dataset, rate, seed, LINES[kind], ON_THE_WAY if kind == "final" else ())
     if "failed" in result:
         return result
@@ -194,7 +202,7 @@ def run_one(kind: str, method: str, value: float, rate: float) -> dict[str, Any]
 
 
 def write(path: Path, runs: dict[str, dict]) -> None:
-    """Writes the runs that are there, in the order of the plan, with the machine and the versions."""
+    """Writes the runs that are there, in the order of the plan, with the machine and the versions of the last."""
     from gemma_lora.files import write_json_atomic
     from gemma_lora.hardware import machine
     from gemma_lora.job import versions
