@@ -61,6 +61,9 @@ METHODS = {
 }
 
 
+TESTS = ("test", "test_unseen")
+
+
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """A Markdown table: the first column to the left, the others to the right."""
     head = list(head)
@@ -95,40 +98,40 @@ def methods(record: dict[str, Any]) -> str:
     runs = record["runs"]
     rows = []
     for method, name in METHODS.items():
-        final = [run for key, run in runs.items() if key.startswith(f"final/{method}/") and "failed" not in run]
-        if not final:
+        of = {kind: [] for kind in ("rate", "final", "time")}
+        for key, run in runs.items():
+            kind, whose, _ = key.split("/")
+            if whose == method and "failed" not in run:
+                of[kind].append(run)
+        if not of["rate"]:
             continue
-        first, timed = final[0], runs.get(f"time/{method}/0")
+        chosen = min(of["rate"], key=lambda run: run["validation_loss"])
+        short = [chosen["scores"][split]["exact_match"] for split in ("validation", "validation_unseen")]
+        row = [name, f"{chosen['trained_parameters'] / 1e6:.2f} M", f"{chosen['rate']:g}"]
+        row += [f"{chosen['validation_loss']:.3f}", f"{100 * statistics.mean(short):.0f}"]
+        if final := of["final"]:
+            row += [_spread([100 * run["scores"][split]["exact_match"] for run in final]) for split in TESTS]
+            row += [f"{statistics.mean(run['english_perplexity'] for run in final):.0f}"]
+        else:
+            row += ["–"] * 3
+        if timed := of["time"]:
+            row += [_gigabytes(timed[0]["peak_memory_bytes"]), f"{timed[0]['median_step_seconds']:.1f}"]
+        else:
+            row += ["–"] * 2
+        rows.append(row)
+    lines = record["settings"]["lines"]
+    return table(
+        ["method", "trained", "rate"]
+        + [f"{lines['rate']} lines: loss", "%"]
+        + [f"{lines['final']:,} lines: `test` %", "`test_unseen` %", "English perplexity", "peak memory", "s a step"],
+        rows,
+    )
 
-        def spread(split: str, final=final) -> str:
-            values = [100 * run["scores"][split]["exact_match"] for run in final]
-            mean = f"{statistics.mean(values):.1f}"
-            return mean if len(values) == 1 else f"{mean} ({min(values):.1f}–{max(values):.1f})"
 
-        rows.append(
-            [
-                name,
-                f"{first['rate']:g}",
-                spread("test"),
-                spread("test_unseen"),
-                f"{statistics.mean(run['english_perplexity'] for run in final):.0f}",
-                f"{first['trained_parameters'] / 1e6:.2f} M",
-                "–" if first["adapter_bytes"] is None else f"{first['adapter_bytes'] / 1e6:.1f} MB",
-                _gigabytes(max(run["peak_memory_bytes"] for run in final)),
-                "–" if timed is None else f"{timed['median_step_seconds']:.1f}",
-            ]
-        )
-    columns = [
-        "method",
-        "rate",
-        "`test` %",
-        "`test_unseen` %",
-        "English perplexity",
-        "trained",
-        "adapter",
-        "peak memory",
-    ]
-    return table([*columns, "s a step"], rows)
+def _spread(values: list[float]) -> str:
+    """The mean, and the least and the most where there are several."""
+    mean = f"{statistics.mean(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.1f}–{max(values):.1f})"
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {

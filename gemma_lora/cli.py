@@ -178,6 +178,7 @@ def plan(
     memory: Annotated[str, typer.Option(help="What there is: 16GB, 7.5GiB. Of a GPU or TPU: its own memory.")],
     rank: Annotated[int, typer.Option(min=1, help="Rank of the update.")] = 16,
     targets: Annotated[str, typer.Option(help="As of finetune.")] = "all-linear",
+    dora: Annotated[bool, typer.Option("--dora", help="As of finetune.")] = False,
     row_length: Annotated[int, typer.Option(min=1, help="Tokens a row.")] = 384,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16: weights and activations.")] = "float32",
     accelerator: Annotated[
@@ -198,23 +199,25 @@ def plan(
     except ValueError as error:
         raise GemmaLoraError(f"--memory: {error}") from None
     names = targets if targets == "all-linear" else tuple(t.strip() for t in targets.split(","))
-    named = {"rank": rank, "targets": names, "row_length": row_length, "dtype": dtype, "accelerator": accelerator}
+    named = {"rank": rank, "targets": names, "dora": dora, "row_length": row_length, "dtype": dtype}
+    named["accelerator"] = accelerator
     named["mixed_precision"] = dtype == "float32"  # finetune's default where it is faster, and the larger need
     Console().print(*_planned(sizes.CONFIGURATIONS[model], available, named), sep="\n", highlight=False, soft_wrap=True)
 
 
 def _planned(configuration, available: int, named: dict):
     """The table of `plan`, and the sentence that says what to do."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     from gemma_lora import memory as sizes
 
     headings = {"weights": "weights", "gradients": "grad.", "optimizer": "Adam", "activations": "activ."}
     headings |= {"logits": "loss", "process": "process", "total": "total"}
-    table = Table(title=f"{configuration.name}: GB of a step with one row of {named['row_length']} tokens")
-    for heading in ("method", *headings.values(), "rows that fit"):
-        first = heading == "method"
-        table.add_column(heading, justify="left" if first else "right", no_wrap=first)
+    title = f"{configuration.name}: GB of a step with one row of {named['row_length']} tokens; rows that fit"
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))  # narrow: 27B's numbers in 80 columns
+    for heading in ("method", *headings.values(), "rows"):
+        table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
     fits: dict[str, int] = {}
     for method in sizes.METHODS:
         for remat in (False, True):
@@ -229,23 +232,26 @@ def _planned(configuration, available: int, named: dict):
 
 def _advice(configuration, fits: dict[str, int], available: int, named: dict) -> str:
     """What to do, given `{method: rows that fit}`."""
-    choice = next((name for name in ("lora", "lora+remat") if fits[name]), None)
+    choice = next((name for name in ("lora", "lora+remat", "qlora", "qlora+remat") if fits[name]), None)
     name, size = configuration.name, f"{available / 1e9:g} GB"
     if choice is None:
-        return f"LoRA of {name} does not fit {size}. Try shorter rows, --dtype bfloat16, or a smaller model."
+        return f"Not even QLoRA of {name} fits {size}. Try shorter rows, --dtype bfloat16, or a smaller model."
+    packed, label = choice.startswith("qlora"), "QLoRA" if choice.startswith("qlora") else "LoRA"
     rows = min(2 ** (fits[choice].bit_length() - 1), 8)  # more rows make fewer steps of the same lines
     if configuration.family == "gpt":
-        return f"LoRA fits {size}, with {rows} rows. This project trains Gemma only."
-    length, remat = named["row_length"], choice != "lora"
+        return f"{label} fits {size}, with {rows} rows. This project trains Gemma only."
+    length, remat = named["row_length"], choice.endswith("+remat")
     if named["dtype"] != "float32":  # finetune computes in float32 or mixed precision
         code = f"FineTuner(model, rows={rows}, row_length={length}, remat={remat})"
-        return f'LoRA fits {size}. In Python: load_gemma("{name}", dtype="{named["dtype"]}") and {code}.'
+        kept = ', quantization="nf4", double_quant=True' if packed else ""
+        return f'{label} fits {size}. In Python: load_gemma("{name}", dtype="{named["dtype"]}"{kept}) and {code}.'
     flags = [f"--rank {named['rank']} --rows {rows} --row-length {length}"]
     if name != "gemma3_270m":  # finetune's own
         flags.insert(0, f"--model {name}")
     if named["targets"] != "all-linear":
         flags.append(f"--targets {','.join(named['targets'])}")
-    return f"LoRA fits {size}:\n  gemma-lora finetune {' '.join(flags)}{' --remat' if remat else ''}"
+    flags += ["--dora"] * named["dora"] + ["--quantization nf4 --double-quant"] * packed + ["--remat"] * remat
+    return f"{label} fits {size}:\n  gemma-lora finetune {' '.join(flags)}"
 
 
 def _check_quantization(quantization: str | None, double_quant: bool) -> None:

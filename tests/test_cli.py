@@ -285,11 +285,13 @@ def test_plan_says_what_fits_and_how_to_run_it(command):
     status, text, error = command("plan", "--model", "gemma3_1b", "--memory", "16GB")
     assert (status, error) == (0, "")
     assert "gemma-lora finetune --model gemma3_1b --rank 16 --rows 2 --row-length 384" in text
-    full, lora_row = (next(line for line in text.splitlines() if f"│ {name} " in line) for name in ("full", "lora"))
+    rows = {line.split()[0]: line for line in text.splitlines() if line.strip()}
+    full, lora_row = rows["full"], rows["lora"]
     assert "–" in full and "–" not in lora_row  # 16 bytes a weight are 16 GB already
 
 
-def test_plan_takes_remat_where_only_that_fits_and_says_so_where_nothing_does(command):
+def test_plan_takes_remat_where_only_that_fits_and_says_so_where_nothing_does(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     status, text, _ = command("plan", "--model", "gemma3_270m", "--memory", "3.2GB")
     assert status == 0 and "finetune --rank 16" in text and "--remat" in text
     more = ("--targets", "query,value", "--dtype", "float32")
@@ -299,7 +301,19 @@ def test_plan_takes_remat_where_only_that_fits_and_says_so_where_nothing_does(co
     _, text, _ = command("plan", "--model", "gemma3_4b_text", "--memory", "24GB", *more)
     assert 'load_gemma("gemma3_4b_text", dtype="bfloat16")' in text and "gemma-lora finetune" not in text
     status, text, _ = command("plan", "--model", "gemma3_27b_text", "--memory", "8GB")
-    assert status == 0 and "does not fit 8 GB" in text
+    assert status == 0 and "Not even QLoRA" in text and "fits 8 GB" in text
+    assert "449.59" in text and "…" not in text  # no number is cut off
+
+
+def test_plan_packs_the_base_where_only_that_fits_and_counts_doras_magnitudes(command):
+    _, text, _ = command("plan", "--model", "gemma3_270m", "--memory", "2.4GB", "--dora")
+    assert "QLoRA fits 2.4 GB" in text and "--dora --quantization nf4 --double-quant" in text
+    assert "--remat" not in text
+    _, plain, _ = command("plan", "--model", "gemma3_270m", "--memory", "2.4GB")
+    assert "--dora" not in plain and plain.splitlines()[3:] != text.splitlines()[3:]
+    more = ("--dtype", "bfloat16", "--accelerator")
+    _, text, _ = command("plan", "--model", "gemma3_4b_text", "--memory", "6GB", *more)
+    assert 'quantization="nf4", double_quant=True' in text
 
 
 @pytest.mark.parametrize(

@@ -31,16 +31,27 @@ def test_a_changed_result_changes_its_table(tables, tmp_path, monkeypatch):
     assert new.startswith("before\n<!-- table qlora_step -->\n| frozen") and new.endswith("|\n<!-- end -->\nafter\n")
 
 
-def test_methods_show_the_spread_of_their_seeds_and_leave_out_what_was_not_run(tables):
-    def run(share):
-        scores = {split: {"exact_match": share} for split in ("test", "test_unseen")}
-        more = {"trained_parameters": 3_800_000, "adapter_bytes": None, "peak_memory_bytes": 2.5e9, "rate": 5e-4}
-        return {"scores": scores, "english_perplexity": 50.0, **more}
+def test_methods_show_the_best_rate_the_spread_of_seeds_and_a_dash_for_what_was_not_run(tables):
+    def run(share, rate=5e-4, loss=0.03, **more):
+        scores = {split: {"exact_match": share} for split in ("validation", "validation_unseen", "test", "test_unseen")}
+        return {"scores": scores, "rate": rate, "validation_loss": loss, "trained_parameters": 3_800_000} | more
 
-    runs = {"final/full/0": run(0.5), "final/full/1": run(0.7), "final/int8/0": {"failed": "NaN"}, "rate/nf4/0.1": {}}
-    lines = tables.methods({"runs": runs}).splitlines()
-    assert len(lines) == 3
-    assert lines[2].startswith("| full fine-tuning | 0.0005 | 60.0 (50.0–70.0) | 60.0 (50.0–70.0) | 50 | 3.80 M | – |")
+    runs = {
+        "rate/full/1e-05": run(0.25, 1e-5, 0.04),
+        "rate/full/3e-05": run(0.75, 3e-5, 0.03),
+        "rate/full/0.0001": {"failed": "NaN"},
+        "final/full/0": run(0.5, english_perplexity=50.0),
+        "final/full/1": run(0.7, english_perplexity=60.0),
+        "time/full/0": {"peak_memory_bytes": 2.5e9, "median_step_seconds": 3.21},
+        "rate/nf4/0.001": run(0.5, 1e-3, 0.05),
+        "rate/int8/0.001": {"failed": "NaN"},
+    }
+    lines = tables.methods({"runs": runs, "settings": {"lines": {"rate": 400, "final": 2400}}}).splitlines()
+    both = "60.0 (50.0–70.0)"
+    assert lines[2:] == [
+        f"| full fine-tuning | 3.80 M | 3e-05 | 0.030 | 75 | {both} | {both} | 55 | 2.5 GB | 3.2 |",
+        "| NF4 base, LoRA | 3.80 M | 0.001 | 0.050 | 50 | – | – | – | – | – |",
+    ]
 
 
 def test_links_to_files_lead_somewhere():
