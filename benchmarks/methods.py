@@ -5,6 +5,7 @@ Every method sees the same lines in the same order, in packed rows of 384 tokens
   rate/<method>/<rate>   short; the rate with the least loss on lines of `validation` and `validation_unseen` is chosen
   final/<method>/<seed>  longer, at that rate; scored on lines of `validation` on the way, which shows how many lines a
                          method needs, and once, at the end, on all of `test` and `test_unseen`
+  same/nf4_dq/<seed>     the same at the rate of LoRA on float32, which tells NF4's own part from the rate's
 
 Scored are the loss of the answers' tokens, teacher-forced exact match (the share of answers of which every token is the
 most probable one after the right tokens before it: what greedy generation would write to the letter), and the
@@ -73,7 +74,8 @@ def planned() -> list[tuple[str, str, float | int]]:
     once = []
     for method, settings in METHODS.items():
         once += [("rate", method, rate) for rate in settings["rates"]] + [("final", method, SEEDS[0])]
-    return once + [("final", method, seed) for seed in SEEDS[1:] for method in REPEATED]
+    more = [("final", method, seed) for seed in SEEDS[1:] for method in REPEATED]
+    return once + [("same", "nf4_dq", SEEDS[0])] + more
 
 
 def name_of(kind: str, method: str, value: float | int) -> str:
@@ -172,12 +174,13 @@ def run_one(kind: str, method: str, value: float, rate: float) -> dict[str, Any]
     from gemma_lora import data, evaluation, hardware
 
     hardware.use_compilation_cache()
-    seed = int(value) if kind == "final" else SEEDS[0]
+    seed = SEEDS[0] if kind == "rate" else int(value)
     model = prepared(method, seed)
+    long = kind in ("final", "same")
     dataset = gl.load_dataset(ROOT / "data/expenses")
-    result = {"method": method, "rate": rate, "seed": seed, "lines": LINES[kind]}
+    result = {"method": method, "rate": rate, "seed": seed, "lines": LINES["final" if long else kind]}
     result["device"] = hardware.machine()["devices"]
-    result |= trained(model, dataset, rate, seed, LINES[kind], ON_THE_WAY if kind == "final" else ())
+    result |= trained(model, dataset, rate, seed, result["lines"], ON_THE_WAY if long else ())
     if "failed" in result:
         return result
     if kind == "time":
@@ -185,10 +188,11 @@ def run_one(kind: str, method: str, value: float, rate: float) -> dict[str, Any]
         return result | {"peak_memory_bytes": hardware.peak_memory_bytes()}
     del result["seconds_of_steps"]
     splits = {
-        "validation": dataset.validation[: VALIDATION[kind]],
-        "validation_unseen": data.read_jsonl(ROOT / "data/expenses/validation_unseen.jsonl")[: VALIDATION[kind]],
+        "validation": dataset.validation,
+        "validation_unseen": data.read_jsonl(ROOT / "data/expenses/validation_unseen.jsonl"),
     }
-    if kind == "final":
+    splits = {name: lines[: VALIDATION["final" if long else kind]] for name, lines in splits.items()}
+    if long:
         splits |= {name: dataset.tests[name] for name in ("test", "test_unseen")}
         result["adapter_bytes"] = short_training.adapter_bytes(model)
         result["english_perplexity"] = round(evaluation.perplexity(model, evaluation.english_text()), 2)
@@ -223,6 +227,7 @@ def main() -> int:
     """Makes the runs that are missing, each in a process of its own, and writes the JSON after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="METHOD", default=list(METHODS))
+    parser.add_argument("--most", type=int, help="stop after so many runs")
     parser.add_argument("--list", action="store_true", help="print the runs and stop")
     parser.add_argument("--time", action="store_true", help="only measure seconds a step, anew")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; more than one for a large accelerator")
@@ -241,17 +246,18 @@ def main() -> int:
         for run in wanted:
             print(name_of(*run), "(done)" if name_of(*run) in runs else "")
         return 0
-    wanted = [run for run in wanted if name_of(*run) not in runs]
+    wanted = [run for run in wanted if name_of(*run) not in runs][: chosen.most]
     if chosen.time:
         wanted = [("time", method, 0) for method in chosen.methods]
     if chosen.jobs > 1:
-        wanted.sort(key=lambda run: run[0] == "final")  # what is alike, and does not wait for the others, together
+        wanted.sort(key=lambda run: run[0] != "rate")  # what is alike, and does not wait for the others, together
     lock = threading.Lock()
 
     def make(kind: str, method: str, value: float | int) -> bool:
         """One run, written when it is done; whether there is one."""
-        name, rate = name_of(kind, method, value), value if kind == "rate" else best_rate(runs, method)
-        if rate is None and kind == "final":
+        name = name_of(kind, method, value)
+        rate = value if kind == "rate" else best_rate(runs, "lora_all" if kind == "same" else method)
+        if rate is None and kind != "time":
             print(f"{name}: no rate of {method} gave a loss that is a number", file=sys.stderr)
             return False
         rate = rate or METHODS[method]["rates"][1]  # a step takes as long at any rate
@@ -268,7 +274,7 @@ def main() -> int:
 
     done = [
         one_process.at_once(chosen.jobs, make, list(group))
-        for _, group in itertools.groupby(wanted, key=lambda run: run[0])
+        for _, group in itertools.groupby(wanted, key=lambda run: run[0] == "rate")
     ]
     return 0 if all(map(all, done)) else 1
 
