@@ -98,7 +98,7 @@ def methods(record: dict[str, Any]) -> str:
     runs = record["runs"]
     rows = []
     for method, name in METHODS.items():
-        of = {kind: [] for kind in ("rate", "final", "time")}
+        of: dict[str, list] = {kind: [] for kind in ("rate", "final", "time", "same")}
         for key, run in runs.items():
             kind, whose, _ = key.split("/")
             if whose == method and "failed" not in run:
@@ -108,24 +108,44 @@ def methods(record: dict[str, Any]) -> str:
         chosen = min(of["rate"], key=lambda run: run["validation_loss"])
         short = [chosen["scores"][split]["exact_match"] for split in ("validation", "validation_unseen")]
         row = [name, f"{chosen['trained_parameters'] / 1e6:.2f} M", f"{chosen['rate']:g}"]
-        row += [f"{chosen['validation_loss']:.3f}", f"{100 * statistics.mean(short):.0f}"]
-        if final := of["final"]:
-            row += [_spread([100 * run["scores"][split]["exact_match"] for run in final]) for split in TESTS]
-            row += [f"{statistics.mean(run['english_perplexity'] for run in final):.0f}"]
-        else:
-            row += ["–"] * 3
+        row += [f"{chosen['validation_loss']:.3f}", f"{100 * statistics.mean(short):.0f}", *_long(of["final"])]
         if timed := of["time"]:
             row += [_gigabytes(timed[0]["peak_memory_bytes"]), f"{timed[0]['median_step_seconds']:.1f}"]
         else:
             row += ["–"] * 2
         rows.append(row)
+        if same := of["same"]:
+            rows.append([f"{name}, at LoRA's rate", row[1], f"{same[0]['rate']:g}", "–", "–", *_long(same), "–", "–"])
     lines = record["settings"]["lines"]
     return table(
         ["method", "trained", "rate"]
         + [f"{lines['rate']} lines: loss", "%"]
-        + [f"{lines['final']:,} lines: `test` %", "`test_unseen` %", "English perplexity", "peak memory", "s a step"],
+        + [
+            f"{lines['final']:,} lines: `test` %",
+            "`test_unseen` %",
+            "lines to 90 %",
+            "English perplexity",
+            "peak memory",
+            "s a step",
+        ],
         rows,
     )
+
+
+def _long(runs: list[dict[str, Any]]) -> list[str]:
+    """The columns of long runs of one method."""
+    if not runs:
+        return ["–"] * 4
+    shares = [_spread([100 * run["scores"][split]["exact_match"] for run in runs]) for split in TESTS]
+    return [*shares, _lines_to_90(runs[0]), f"{statistics.mean(run['english_perplexity'] for run in runs):.0f}"]
+
+
+def _lines_to_90(run: dict[str, Any]) -> str:
+    """After how many lines 90 % of the validation lines were right for the first time."""
+    seen = {int(lines): share for lines, share in run["validation_on_the_way"].items()}
+    seen[run["lines"]] = run["scores"]["validation"]["exact_match"]
+    enough = [lines for lines, share in sorted(seen.items()) if share >= 0.9]
+    return f"{enough[0]:,}" if enough else f"> {max(seen):,}"
 
 
 def _spread(values: list[float]) -> str:

@@ -34,7 +34,8 @@ def test_a_changed_result_changes_its_table(tables, tmp_path, monkeypatch):
 def test_methods_show_the_best_rate_the_spread_of_seeds_and_a_dash_for_what_was_not_run(tables):
     def run(share, rate=5e-4, loss=0.03, **more):
         scores = {split: {"exact_match": share} for split in ("validation", "validation_unseen", "test", "test_unseen")}
-        return {"scores": scores, "rate": rate, "validation_loss": loss, "trained_parameters": 3_800_000} | more
+        way = {"lines": 2400, "validation_on_the_way": {"600": share / 2, "1200": share + 0.2}}
+        return {"scores": scores, "rate": rate, "validation_loss": loss, "trained_parameters": 3_800_000} | way | more
 
     runs = {
         "rate/full/1e-05": run(0.25, 1e-5, 0.04),
@@ -45,12 +46,14 @@ def test_methods_show_the_best_rate_the_spread_of_seeds_and_a_dash_for_what_was_
         "time/full/0": {"peak_memory_bytes": 2.5e9, "median_step_seconds": 3.21},
         "rate/nf4/0.001": run(0.5, 1e-3, 0.05),
         "rate/int8/0.001": {"failed": "NaN"},
+        "same/nf4/0": run(0.8, english_perplexity=61.0),
     }
     lines = tables.methods({"runs": runs, "settings": {"lines": {"rate": 400, "final": 2400}}}).splitlines()
     both = "60.0 (50.0–70.0)"
     assert lines[2:] == [
-        f"| full fine-tuning | 3.80 M | 3e-05 | 0.030 | 75 | {both} | {both} | 55 | 2.5 GB | 3.2 |",
-        "| NF4 base, LoRA | 3.80 M | 0.001 | 0.050 | 50 | – | – | – | – | – |",
+        f"| full fine-tuning | 3.80 M | 3e-05 | 0.030 | 75 | {both} | {both} | > 2,400 | 55 | 2.5 GB | 3.2 |",
+        "| NF4 base, LoRA | 3.80 M | 0.001 | 0.050 | 50 | – | – | – | – | – | – |",
+        "| NF4 base, LoRA, at LoRA's rate | 3.80 M | 0.0005 | – | – | 80.0 | 80.0 | 1,200 | 61 | – | – |",
     ]
 
 
