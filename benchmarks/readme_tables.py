@@ -117,19 +117,9 @@ def methods(record: dict[str, Any]) -> str:
         if same := of["same"]:
             rows.append([f"{name}, at LoRA's rate", row[1], f"{same[0]['rate']:g}", "–", "–", *_long(same), "–", "–"])
     lines = record["settings"]["lines"]
-    return table(
-        ["method", "trained", "rate"]
-        + [f"{lines['rate']} lines: loss", "%"]
-        + [
-            f"{lines['final']:,} lines: `test` %",
-            "`test_unseen` %",
-            "lines to 90 %",
-            "English perplexity",
-            "peak memory",
-            "s a step",
-        ],
-        rows,
-    )
+    short, long = f"{lines['rate']} lines: loss", f"{lines['final']:,} lines: `test` %"
+    costs = ["English perplexity", "peak memory", "s a step"]
+    return table(["method", "trained", "rate", short, "%", long, "`test_unseen` %", "lines to 90 %", *costs], rows)
 
 
 def _long(runs: list[dict[str, Any]]) -> list[str]:
