@@ -14,8 +14,8 @@ Each run is a process of its own and is written to the JSON when it is done; wha
 and start it as you like. The scores do not depend on what else the machine does. Time and memory do; they are measured
 apart, by `--time`, on the machine they are said for.
 
-    python benchmarks/methods.py                            # what is missing: a day on two cores
-    XLA_PYTHON_CLIENT_PREALLOCATE=false python benchmarks/methods.py --jobs 9   # minutes on an H100 with 16 cores
+    python benchmarks/methods.py                            # what is missing: many hours on two cores
+    XLA_PYTHON_CLIENT_PREALLOCATE=false python benchmarks/methods.py --jobs 9   # on a large accelerator
     python benchmarks/methods.py --methods lora_all nf4_dq  # these two, all their runs
     python benchmarks/methods.py --list                     # the runs in their order, and which are there
     python benchmarks/methods.py --time                     # seconds a step, on a quiet machine

@@ -1,12 +1,12 @@
-"""What the job's settings do to its result: one changed at a time, on Gemma 3 270M and the expense lines.
+"""What the job's settings do to its result: changed one or two at a time, on Gemma 3 270M and the expense lines.
 
-The job's own training (LoRA on all linear layers, packed rows of 384 tokens) with one setting after the other changed.
+The job's own training (LoRA on all linear layers, packed rows of 384 tokens) with one setting after the other changed, and some in pairs.
 Scored teacher-forced on all of `validation` and `validation_unseen`, which is what defaults are chosen on: the loss of
 the answers' tokens, and exact match, the share of answers of which every token is the most probable one after the right
 tokens before it. The test splits are not used.
 Each run is a process of its own and is written to the JSON when it is done; what is there is not made again.
 
-    python benchmarks/settings.py            # what is missing: ten hours on two cores
+    python benchmarks/settings.py            # what is missing: hours on two cores
     python benchmarks/settings.py --list     # the runs, and which are there
     XLA_PYTHON_CLIENT_PREALLOCATE=false python benchmarks/settings.py --jobs 6   # on a large accelerator
 """

@@ -91,7 +91,7 @@ def test_a_variant_changes_what_its_name_says(benchmark_script):
     assert settings.VARIANTS["rank 64, rate 0.002"]["tuner"]["learning_rate"] == 2e-3
     assert settings.VARIANTS["600 lines twice"] == settings.BASE | {"lines": 600, "repeat": 2}
     values = [repr(variant) for variant in settings.VARIANTS.values()]
-    assert len(values) - len(set(values)) == 0
+    assert len(set(values)) == len(values)
 
 
 def test_a_rate_is_chosen_when_all_its_method_has_are_there(methods):
