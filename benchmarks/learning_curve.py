@@ -18,7 +18,6 @@ import dataclasses
 import json
 import os
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -89,29 +88,27 @@ def main() -> int:
     record = json.loads(chosen.output.read_text()) if chosen.output.exists() else {"runs": {}}
     runs = record["runs"]
     if runs and record["settings"]["learning_rate"] != chosen.rate:
-        print(
-            f"{chosen.output} holds runs at rate {record['settings']['learning_rate']:g}. Move it away, or say --rate."
-        )
+        there = record["settings"]["learning_rate"]
+        print(f"{chosen.output} holds runs at rate {there:g}: move it away, or give --rate {there:g}.", file=sys.stderr)
         return 1
     wanted = [(count, seed) for count in COUNTS if count <= chosen.most for seed in SEEDS]
     if chosen.list:
         for count, seed in wanted:
             print(f"{count}/{seed}", "(done)" if f"{count}/{seed}" in runs else "")
         return 0
-    lock = threading.Lock()
 
-    def make(count: int, seed: int) -> bool:
-        result = one_process.measure(__file__, "--rate", str(chosen.rate), "--one", str(count), str(seed))
-        if result is None:
-            return False
-        with lock:
-            runs[f"{count}/{seed}"] = result
-            write(chosen.output, runs, chosen.rate)
-        print(f"{count}/{seed}", result["scores"], flush=True)
-        return True
+    def keep(name: str, result: dict[str, Any]) -> None:
+        runs[name] = result
+        write(chosen.output, runs, chosen.rate)
+        print(name, result["scores"], flush=True)
 
-    missing = [(count, seed) for count, seed in wanted if f"{count}/{seed}" not in runs]
-    return 0 if all(one_process.at_once(chosen.jobs, make, missing)) else 1
+    rate = ["--rate", str(chosen.rate)]
+    missing = [
+        (f"{count}/{seed}", [*rate, "--one", str(count), str(seed)])
+        for count, seed in wanted
+        if f"{count}/{seed}" not in runs
+    ]
+    return 0 if one_process.measure_all(__file__, missing, keep, chosen.jobs) else 1
 
 
 if __name__ == "__main__":

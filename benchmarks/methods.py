@@ -30,7 +30,6 @@ import json
 import os
 import statistics
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -251,32 +250,29 @@ def main() -> int:
         wanted = [("time", method, 0) for method in chosen.methods]
     if chosen.jobs > 1:
         wanted.sort(key=lambda run: run[0] != "rate")  # what is alike, and does not wait for the others, together
-    lock = threading.Lock()
 
-    def make(kind: str, method: str, value: float | int) -> bool:
-        """One run, written when it is done; whether there is one."""
-        name = name_of(kind, method, value)
-        rate = value if kind == "rate" else best_rate(runs, "lora_all" if kind == "same" else method)
-        if rate is None and kind != "time":
-            print(f"{name}: no rate of {method} gave a loss that is a number", file=sys.stderr)
-            return False
-        rate = rate or METHODS[method]["rates"][1]  # a step takes as long at any rate
-        print(f"{name} at rate {rate:g}", file=sys.stderr, flush=True)
-        result = one_process.measure(__file__, "--one", kind, method, f"{value:g}", f"{rate:g}", quiet=chosen.jobs > 1)
-        if result is None:
-            return False
-        with lock:
-            runs[name] = result
-            write(chosen.output, runs)
+    def keep(name: str, result: dict[str, Any]) -> None:
+        runs[name] = result
+        write(chosen.output, runs)
         shown = ("failed", "validation_loss", "scores", "median_step_seconds", "peak_memory_bytes")
         print(name, {key: result[key] for key in shown if key in result}, flush=True)
-        return True
 
-    done = [
-        one_process.at_once(chosen.jobs, make, list(group))
-        for _, group in itertools.groupby(wanted, key=lambda run: run[0] == "rate")
-    ]
-    return 0 if all(map(all, done)) else 1
+    complete = True
+    for _, group in itertools.groupby(
+        wanted, key=lambda run: run[0] == "rate"
+    ):  # rates are there before their long run
+        arguments = []
+        for kind, method, value in group:
+            rate = value if kind == "rate" else best_rate(runs, "lora_all" if kind == "same" else method)
+            if rate is None and kind != "time":
+                print(f"{name_of(kind, method, value)}: not every rate of it was tried, or none gave a number")
+                complete = False
+                continue
+            rate = rate or METHODS[method]["rates"][1]  # a step takes as long at any rate
+            arguments += [(name_of(kind, method, value), ["--one", kind, method, f"{value:g}", f"{rate:g}"])]
+        quiet = chosen.jobs > 1
+        complete = one_process.measure_all(__file__, arguments, keep, chosen.jobs, quiet) and complete
+    return 0 if complete else 1
 
 
 if __name__ == "__main__":

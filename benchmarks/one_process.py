@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -35,6 +36,37 @@ def measure(script: str, *arguments: str, quiet: bool = True) -> dict[str, Any] 
         return json.loads(found[-1].removeprefix(_MARK))
     print(f"{' '.join(arguments)} failed:\n{(done.stderr or '')[-2000:]}", file=sys.stderr)
     return None
+
+
+def measure_all(
+    script: str,
+    runs: Iterable[tuple[str, list[str]]],
+    keep: Callable[[str, dict[str, Any]], None],
+    jobs: int = 1,
+    quiet: bool = True,
+) -> bool:
+    """Measures every run, several at a time, and hands each result over when it is there.
+
+    Args:
+        script: The calling script's `__file__`.
+        runs: `(name, arguments)` of each; see `measure`.
+        keep: Called with a name and its result, by one thread at a time: to write them down.
+        jobs: How many processes at a time.
+        quiet: See `measure`.
+
+    Returns:
+        Whether every run gave a result. One that does not costs the others nothing.
+    """
+    lock = threading.Lock()
+
+    def one(name: str, arguments: list[str]) -> bool:
+        result = measure(script, *arguments, quiet=quiet)
+        if result is not None:
+            with lock:
+                keep(name, result)
+        return result is not None
+
+    return all(at_once(jobs, one, runs))
 
 
 def at_once(jobs: int, function: Callable[..., Any], items: Iterable[tuple]) -> list[Any]:

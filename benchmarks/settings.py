@@ -1,9 +1,9 @@
 """What the job's settings do to its result: changed one or two at a time, on Gemma 3 270M and the expense lines.
 
-The job's own training (LoRA on all linear layers, packed rows of 384 tokens) with one setting after the other changed, and some in pairs.
-Scored teacher-forced on all of `validation` and `validation_unseen`, which is what defaults are chosen on: the loss of
-the answers' tokens, and exact match, the share of answers of which every token is the most probable one after the right
-tokens before it. The test splits are not used.
+The job's own training (LoRA on all linear layers, packed rows of 384 tokens), with one setting after the other changed,
+and some in pairs. Scored teacher-forced on all of `validation` and `validation_unseen`, which is what defaults are
+chosen on: the loss of the answers' tokens, and exact match, the share of answers of which every token is the most
+probable one after the right tokens before it. The test splits are not used.
 Each run is a process of its own and is written to the JSON when it is done; what is there is not made again.
 
     python benchmarks/settings.py            # what is missing: hours on two cores
@@ -18,7 +18,6 @@ import dataclasses
 import json
 import os
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -104,25 +103,18 @@ def main() -> int:
         for name in VARIANTS:
             print(name, "(done)" if name in runs else "")
         return 0
-    lock = threading.Lock()
+    from gemma_lora.files import write_json_atomic
+    from gemma_lora.hardware import machine
+    from gemma_lora.job import versions
 
-    def make(name: str) -> bool:
-        from gemma_lora.files import write_json_atomic
-        from gemma_lora.hardware import machine
-        from gemma_lora.job import versions
-
-        result = one_process.measure(__file__, "--one", name)
-        if result is None:
-            return False
-        with lock:
-            runs[name] = result
-            ordered = {variant: runs[variant] for variant in VARIANTS if variant in runs}
-            write_json_atomic(chosen.output, {"runs": ordered, "machine": machine(), "versions": versions()})
+    def keep(name: str, result: dict[str, Any]) -> None:
+        runs[name] = result
+        ordered = {variant: runs[variant] for variant in VARIANTS if variant in runs}
+        write_json_atomic(chosen.output, {"runs": ordered, "machine": machine(), "versions": versions()})
         print(name, result.get("failed") or result["scores"], flush=True)
-        return True
 
-    missing = [(name,) for name in VARIANTS if name not in runs]
-    return 0 if all(one_process.at_once(chosen.jobs, make, missing)) else 1
+    missing = [(name, ["--one", name]) for name in VARIANTS if name not in runs]
+    return 0 if one_process.measure_all(__file__, missing, keep, chosen.jobs) else 1
 
 
 if __name__ == "__main__":

@@ -84,6 +84,16 @@ def test_several_runs_at_once_give_their_results_in_order(benchmark_script):
     assert one_process.at_once(3, lambda a, b: a * b, [(1, 2), (3, 4), (5, 6), (7, 8)]) == [2, 12, 30, 56]
 
 
+def test_a_run_without_a_result_is_told_and_costs_the_others_nothing(benchmark_script, monkeypatch):
+    one_process = benchmark_script("one_process")
+    monkeypatch.setattr(one_process, "measure", lambda script, n, quiet: None if n == "1" else {"n": n})
+    kept = {}
+    runs = [(f"run{n}", [str(n)]) for n in range(3)]
+    assert not one_process.measure_all("a.py", runs, kept.__setitem__, jobs=2)
+    assert kept == {"run0": {"n": "0"}, "run2": {"n": "2"}}
+    assert one_process.measure_all("a.py", runs[::2], kept.__setitem__)
+
+
 def test_a_variant_changes_what_its_name_says(benchmark_script):
     settings = benchmark_script("settings")
     assert settings.changed() == settings.BASE
