@@ -108,6 +108,13 @@ def ignored_without_assert(notebook: dict) -> Iterator[str]:
             yield f"output ignored and nothing asserted: {source(cell)[:60]!r}"
 
 
+def marker_without_effect(notebook: dict) -> Iterator[str]:
+    """nbval reads its markers only where the comment has a line of its own."""
+    for cell in code_cells(notebook):
+        if re.search(r"^[ \t]*[^#\s].*#\s*NBVAL_", source(cell), re.MULTILINE):
+            yield f"an nbval marker behind code: {source(cell)[:60]!r}"
+
+
 def long_cell(notebook: dict) -> Iterator[str]:
     for cell in code_cells(notebook):
         lines = len(source(cell).strip("\n").splitlines())
@@ -149,6 +156,7 @@ ALONE: list[Callable[[dict], Iterator[str]]] = [
     captured,
     skipped,
     ignored_without_assert,
+    marker_without_effect,
     long_cell,
     image_without_alt,
     no_figures_in_header,
@@ -240,7 +248,7 @@ def notebook(*cells, header=HEADER):
 
 GOOD = notebook(
     code("import keras\nprint(1)", [stream("1\n")], 1),
-    code("plot()  # NBVAL_IGNORE_OUTPUT", [image("A curve that falls from 3 to 1.")], 2),
+    code("# NBVAL_IGNORE_OUTPUT\nplot()", [image("A curve that falls from 3 to 1.")], 2),
     code(ASSERT, count=3),
     code("print('https://host/home/page, a/tmp/b, 1/work')", [stream("https://host/home/page, a/tmp/b\n")], 4),
     code("", count=None),
@@ -275,6 +283,8 @@ BAD = [
     (ignored_without_assert, notebook(code("# NBVAL_IGNORE_OUTPUT\nx"))),
     (ignored_without_assert, notebook(code("x", tags=["nbval-ignore-output"]), code("y"), code(ASSERT))),
     (ignored_without_assert, notebook(code("# NBVAL_IGNORE_OUTPUT\nx"), code("print('assert')  # assert"))),
+    (marker_without_effect, notebook(code("print(x)  # NBVAL_IGNORE_OUTPUT\nassert x"))),
+    (marker_without_effect, notebook(code("for _ in y:\n    print(x)  #NBVAL_IGNORE_OUTPUT"))),
     (long_cell, notebook(code("\n".join(["x = 1"] * 26)))),
     (image_without_alt, notebook(code("plot()", [image()]))),
     (image_without_alt, notebook(code("plot()", [image(" ")]))),
