@@ -39,13 +39,14 @@ ENCODINGS: dict[str, dict[str, Any]] = {
 def sizes(model) -> dict[str, float]:
     """Bytes and bits a weight of the linear layers and of the embedding, whether packed or not."""
     from gemma_lora import lora, qlora
+    from gemma_lora.linear import matrix_shape
 
-    count = sum(math.prod(lora.matrix_shape(layer)) for _, _, layer in lora._linear_layers(model))
+    count = sum(math.prod(matrix_shape(layer)) for _, _, layer in lora.linear_layers(model))
     table = model.backbone.token_embedding
     found = qlora.weight_bytes(model)
     linear, rest = found["linear_bytes"], found["other_bytes"]
     if not qlora.packed_layers(model):
-        linear = sum(layer._kernel.value.nbytes for _, _, layer in lora._linear_layers(model))
+        linear = sum(layer._kernel.value.nbytes for _, _, layer in lora.linear_layers(model))
         rest -= linear
     return {
         "linear_weights": count,

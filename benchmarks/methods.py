@@ -117,7 +117,7 @@ def keras_int8_lora(model, rank: int, seed: int) -> None:
     from gemma_lora import lora
 
     keras.utils.set_random_seed(seed)
-    layers = [layer for _, _, layer in lora._linear_layers(model)]
+    layers = [layer for _, _, layer in lora.linear_layers(model)]
     for variable in model.variables:
         variable.trainable = False
     for layer in layers:

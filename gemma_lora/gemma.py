@@ -165,7 +165,7 @@ def _from_gguf(path: Path, dtype: str, quantization: str | None, double_quant: b
 
 def _pack_from_gguf(index, backbone, quantization: str, double_quant: bool) -> None:
     """Packs the linear layers and the embedding one by one, as they are read."""
-    from gemma_lora import gguf, lora, packed, qlora
+    from gemma_lora import gguf, linear, packed, qlora
 
     for parent, attribute, name in gguf.linear_tensors(index, backbone):
         layer = getattr(parent, attribute)
@@ -178,7 +178,7 @@ def _pack_from_gguf(index, backbone, quantization: str, double_quant: bool) -> N
                 f"{index.path}: tensor {name} is of type {kind}; quantization='gguf' reads "
                 f"{', '.join(packed.GGUF_KINDS)}. Use 'int8' or 'nf4' with this file."
             )
-        d_in, d_out = lora.matrix_shape(layer)
+        d_in, d_out = linear.matrix_shape(layer)
         encoding = packed.GGUFBlocks((d_out, d_in), kind)
         qlora.replace_by_packed(parent, attribute, layer, encoding, {"blocks": blocks})
     qlora.pack_embedding(backbone.token_embedding, gguf.read_int8_rows(index, "token_embd.weight"))

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from gemma_lora.files import GemmaLoraError, atomic_path, sha256_of, write_json_atomic
-from gemma_lora.lora import matrix_shape
+from gemma_lora.linear import matrix_shape
 from gemma_lora.packed import Int8Rows
 
 _INDEX_VERSION = 2

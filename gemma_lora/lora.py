@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from gemma_lora import dora as dora_numbers
+from gemma_lora import linear
 from gemma_lora.backend import require_jax
 from gemma_lora.files import GemmaLoraError
 from gemma_lora.mixed_precision import frozen_product
@@ -38,72 +39,6 @@ TARGETS = {
 }
 #: What `targets="all-linear"` means.
 ALL_LINEAR = tuple(TARGETS)
-
-
-def einsum_axes(equation: str) -> tuple[str, str, str, str]:
-    """Splits an `EinsumDense` equation into the axes of a matrix product.
-
-    Args:
-        equation: For example `"btd,ndh->btnh"`.
-
-    Returns:
-        `(batch, contracted, output, kernel)`: axis letters of x that stay, of x that are summed,
-        of the output that come from the kernel, and of the kernel as stored. For the example:
-        `("bt", "d", "nh", "ndh")`.
-
-    Raises:
-        ValueError: If the equation is not a matrix product over x's last axes (then LoRA's A and B
-            cannot be the paper's).
-    """
-    left, output = equation.replace(" ", "").split("->")
-    inputs, kernel = left.split(",")
-    contracted = "".join(axis for axis in inputs if axis in kernel and axis not in output)
-    new = "".join(axis for axis in output if axis in kernel and axis not in inputs)
-    batch = inputs[: len(inputs) - len(contracted)]
-    if inputs != batch + contracted or output != batch + new or sorted(kernel) != sorted(contracted + new):
-        raise ValueError(
-            f"LoRA needs an equation that is a matrix product over the input's last axes, such as "
-            f"'btd,ndh->btnh'. Received: equation={equation!r}"
-        )
-    return batch, contracted, new, kernel
-
-
-def matrix_of(equation: str, kernel):
-    """An `EinsumDense` kernel as stored, as the `(d_in, d_out)` matrix it is."""
-    _, contracted, new, letters = einsum_axes(equation)
-    sizes = dict(zip(letters, kernel.shape, strict=True))
-    order = [letters.index(a) for a in contracted + new]
-    d_in = math.prod(sizes[a] for a in contracted)
-    return ops.reshape(ops.transpose(kernel, order), (d_in, -1))
-
-
-def kernel_of(equation: str, matrix, shape: Sequence[int]):
-    """A `(d_in, d_out)` matrix as an `EinsumDense` kernel of this shape; the inverse of `matrix_of`."""
-    _, contracted, new, letters = einsum_axes(equation)
-    sizes = dict(zip(letters, shape, strict=True))
-    split = ops.reshape(matrix, [sizes[a] for a in contracted + new])  # (d_in, d_out) -> one axis a letter
-    return ops.transpose(split, [(contracted + new).index(a) for a in letters])
-
-
-def kernel_shape(layer: keras.layers.Layer) -> tuple[int, ...]:
-    """The shape of a linear layer's kernel as stored; packed layers (`qlora.py`) hold no kernel and say it."""
-    return tuple(getattr(layer, "kernel_shape", None) or layer._kernel.shape)
-
-
-def matrix_shape(layer: keras.layers.Layer) -> tuple[int, int]:
-    """`(d_in, d_out)` of the kernel of a `Dense` or `EinsumDense` layer."""
-    shape = kernel_shape(layer)
-    if isinstance(layer, keras.layers.Dense):
-        return shape[0], shape[1]
-    _, contracted, new, letters = einsum_axes(layer.equation)
-    sizes = dict(zip(letters, shape, strict=True))
-    return math.prod(sizes[a] for a in contracted), math.prod(sizes[a] for a in new)
-
-
-def kernel_matrix(layer: keras.layers.Layer):
-    """The kernel of a `Dense` or `EinsumDense` layer as `(d_in, d_out)`; a packed one is decoded."""
-    kernel = ops.convert_to_tensor(layer._kernel)
-    return kernel if isinstance(layer, keras.layers.Dense) else matrix_of(layer.equation, kernel)
 
 
 class _LoRALayer(keras.layers.Layer):
@@ -183,7 +118,7 @@ class _LoRALayer(keras.layers.Layer):
 
     def _add_magnitude(self) -> None:
         """DoRA's magnitude, which starts at the norms of the kernel's columns: the layer then changes nothing."""
-        squares = dora_numbers.column_squares(kernel_matrix(self.base))
+        squares = dora_numbers.column_squares(linear.kernel_matrix(self.base))
         named = {"shape": squares.shape, "dtype": "float32", "initializer": "zeros", "autocast": False}
         self.magnitude = self.add_weight(name="magnitude", **named)
         self.magnitude.assign(ops.sqrt(squares))
@@ -192,23 +127,7 @@ class _LoRALayer(keras.layers.Layer):
 
     def matrix_shape(self) -> tuple[int, int]:
         """`(d_in, d_out)` of the kernel seen as a matrix."""
-        return matrix_shape(self.base)
-
-    def to_kernel(self, matrix):
-        """Brings a `(d_in, d_out)` matrix to the shape the kernel is stored in."""
-        raise NotImplementedError
-
-    def to_matrix(self, kernel):
-        """Brings a kernel as stored to `(d_in, d_out)`; the inverse of `to_kernel`."""
-        raise NotImplementedError
-
-    def _output_axes(self) -> list[int]:
-        """Sizes of the axes that `d_out` is made of, in the output's order."""
-        return [self.matrix_shape()[1]]
-
-    def _batch_axes(self, x):
-        """Sizes of the axes of x that stay."""
-        return ops.shape(x)[:-1]
+        return linear.matrix_shape(self.base)
 
     def delta(self):
         """The update scaling * A @ B, `(d_in, d_out)`, float32."""
@@ -219,37 +138,31 @@ class _LoRALayer(keras.layers.Layer):
         if self.fixed_scale is not None:
             return self.fixed_scale()
         factors = (self.lora_a.value, self.lora_b.value)
-        norms = dora_numbers.column_norms(kernel_matrix(self.base), self.kernel_squares.value, *factors, self.scaling)
+        kernel = linear.kernel_matrix(self.base)
+        norms = dora_numbers.column_norms(kernel, self.kernel_squares.value, *factors, self.scaling)
         return dora_numbers.column_scale(self.magnitude.value, norms)
 
     def whole_matrix(self):
         """Kernel and update in one matrix, `(d_in, d_out)`, in the kernel's dtype."""
-        kernel = kernel_matrix(self.base)
+        kernel = linear.kernel_matrix(self.base)
         if self.merged:
             return kernel
         whole = ops.cast(kernel, "float32") + self.delta()
         return ops.cast(self.column_scale() * whole if self.dora else whole, kernel.dtype)
 
     def call(self, inputs, training=None):
-        batch = self._batch_axes(inputs)
         if self.whole_kernel is not None and self.base.bias is None:
-            y = ops.matmul(ops.reshape(inputs, (-1, self.matrix_shape()[0])), self.whole_kernel())
-            return ops.reshape(y, (*batch, *self._output_axes()))
+            return linear.in_rows(self.base, inputs, lambda x: ops.matmul(x, self.whole_kernel()))
         y = self._frozen_output(inputs, training)
         if self.merged:
             return y
-        # Two axes: with three, XLA on the CPU is several times slower at the gradients of thin matrices.
-        x = ops.reshape(inputs, (-1, self.matrix_shape()[0]))  # (tokens, d_in)
-        if self.dropout is not None:
-            x = self.dropout(x, training=training)
-        lora_a = ops.cast(self.lora_a, x.dtype)
-        lora_b = ops.cast(self.lora_b * self.scaling, x.dtype)
-        update = ops.matmul(ops.matmul(x, lora_a), lora_b)  # (tokens, rank) -> (tokens, d_out)
-        update = ops.reshape(update, (*batch, *self._output_axes()))
+        dropped = inputs if self.dropout is None else self.dropout(inputs, training=training)
+        lora_a = ops.cast(self.lora_a, dropped.dtype)
+        lora_b = ops.cast(self.lora_b * self.scaling, dropped.dtype)
+        update = linear.in_rows(self.base, dropped, lambda x: ops.matmul(ops.matmul(x, lora_a), lora_b))
         if not self.dora:
             return y + update
-        dropped = ops.reshape(x, ops.shape(inputs)) if training and self.dropout is not None else None
-        return self._scaled_output(y, update, dropped, training)
+        return self._scaled_output(y, update, dropped if training and self.dropout is not None else None, training)
 
     def _scaled_output(self, y, update, dropped, training):
         """DoRA's output from the base's `y` and LoRA's update.
@@ -262,7 +175,7 @@ class _LoRALayer(keras.layers.Layer):
         if bias is not None:
             straight = straight - bias
         rest = bias if dropped is None else y - straight
-        scale = ops.reshape(self.column_scale(), self._output_axes())
+        scale = ops.reshape(self.column_scale(), linear.output_axes(self.base))
         return dora_numbers.output(straight, update, scale, rest)
 
     def _frozen_output(self, inputs, training):
@@ -270,9 +183,7 @@ class _LoRALayer(keras.layers.Layer):
         rounds = training and self.rounded_kernel is not None and not self.merged
         if not rounds or inputs.dtype != "float32" or self.base.bias is not None:
             return self.base(inputs)
-        x = ops.reshape(inputs, (-1, self.matrix_shape()[0]))  # (tokens, d_in)
-        y = frozen_product(x, self.rounded_kernel())
-        return ops.reshape(y, (*self._batch_axes(inputs), *self._output_axes()))
+        return linear.in_rows(self.base, inputs, lambda x: frozen_product(x, self.rounded_kernel()))
 
     def merge(self) -> None:
         """Adds the update to the base kernel; the layer then costs what the base costs."""
@@ -283,20 +194,21 @@ class _LoRALayer(keras.layers.Layer):
             )
         if not self.merged:
             whole = self.whole_matrix()
-            self._undo = dora_numbers.Undo.of(kernel_matrix(self.base), self.column_scale()) if self.dora else None
+            if self.dora:
+                self._undo = dora_numbers.Undo.of(linear.kernel_matrix(self.base), self.column_scale())
             self._set_kernel(whole)
             self.merged = True
 
     def unmerge(self) -> None:
         """Takes the update out of the base kernel again (exact to rounding of the kernel's dtype)."""
         if self.merged:
-            whole, delta = ops.cast(kernel_matrix(self.base), "float32"), self.delta()
+            whole, delta = ops.cast(linear.kernel_matrix(self.base), "float32"), self.delta()
             self._set_kernel(whole - delta if self._undo is None else self._undo.kernel(whole, delta))
             self.merged, self._undo = False, None
 
     def _set_kernel(self, matrix) -> None:
         kernel = self.base._kernel
-        kernel.assign(ops.cast(self.to_kernel(matrix), kernel.dtype))
+        kernel.assign(ops.cast(linear.stored(self.base, matrix), kernel.dtype))
 
     def compute_output_shape(self, input_shape):
         return self.base.compute_output_shape(input_shape)
@@ -354,12 +266,6 @@ class LoRADense(_LoRALayer):
         self.activation = base.activation
         base.activation = keras.activations.linear
 
-    def to_kernel(self, matrix):
-        return matrix
-
-    def to_matrix(self, kernel):
-        return kernel
-
     def call(self, inputs, training=None):
         return self.activation(super().call(inputs, training=training))
 
@@ -396,24 +302,8 @@ class LoRAEinsumDense(_LoRALayer):
             raise ValueError(f"`base` must be a keras.layers.EinsumDense. Received: {type(base).__name__}")
         if base.activation is not keras.activations.linear:
             raise ValueError(f"Layer {base.name!r} has an activation; LoRA is added before it and cannot be.")
-        self._axes = einsum_axes(base.equation)
+        linear.einsum_axes(base.equation)  # raises if it is no matrix product
         super().__init__(base, rank, **kwargs)
-
-    def _sizes(self) -> dict[str, int]:
-        return dict(zip(self._axes[3], kernel_shape(self.base), strict=True))
-
-    def to_kernel(self, matrix):
-        return kernel_of(self.base.equation, matrix, kernel_shape(self.base))
-
-    def to_matrix(self, kernel):
-        return matrix_of(self.base.equation, kernel)
-
-    def _output_axes(self):
-        sizes = self._sizes()
-        return [sizes[a] for a in self._axes[2]]
-
-    def _batch_axes(self, x):
-        return ops.shape(x)[: len(self._axes[0])]
 
 
 def target_names(targets: str | Sequence[str]) -> tuple[str, ...]:
@@ -449,7 +339,7 @@ def _replace(parent: keras.layers.Layer, attribute: str, layer: keras.layers.Lay
     parent._layers[:] = [layer if tracked is old else tracked for tracked in others]
 
 
-def _linear_layers(model: keras.layers.Layer) -> Iterator[tuple[keras.layers.Layer, str, keras.layers.Layer]]:
+def linear_layers(model: keras.layers.Layer) -> Iterator[tuple[keras.layers.Layer, str, keras.layers.Layer]]:
     """Yields `(parent, attribute, layer)` for each linear layer held as another layer's attribute."""
     for parent in model._flatten_layers():
         if isinstance(parent, _LoRALayer):
@@ -457,6 +347,13 @@ def _linear_layers(model: keras.layers.Layer) -> Iterator[tuple[keras.layers.Lay
         for attribute, value in list(vars(parent).items()):
             if isinstance(value, keras.layers.Dense | keras.layers.EinsumDense | _LoRALayer):
                 yield parent, attribute, value
+
+
+def plain_layers(model: keras.layers.Layer) -> Iterator[tuple[keras.layers.Layer, str, keras.layers.Layer]]:
+    """Those of `linear_layers` that are matrix products of a kernel in floats, without LoRA."""
+    for parent, attribute, layer in linear_layers(model):
+        if not isinstance(layer, _LoRALayer) and not hasattr(layer, "encoding") and linear.is_matrix_product(layer):
+            yield parent, attribute, layer
 
 
 def apply_lora(
@@ -493,7 +390,7 @@ def apply_lora(
     if lora_layers(model):
         raise ValueError("The model has LoRA already. Call `detach_lora(model)` first.")
     wanted = {TARGETS[name]: name for name in target_names(targets)}
-    found = [hit for hit in _linear_layers(model) if hit[2].name in wanted]
+    found = [hit for hit in linear_layers(model) if hit[2].name in wanted]
     missing = set(wanted) - {layer.name for _, _, layer in found}
     if missing:
         raise ValueError(f"No layer of the model is named {', '.join(sorted(missing))}; nothing was changed.")
@@ -540,7 +437,7 @@ def unmerge_lora(model: keras.Model) -> None:
 
 def detach_lora(model: keras.Model) -> None:
     """Takes the LoRA layers out and gives the base layers back; a merged update stays in the kernels."""
-    for parent, attribute, layer in list(_linear_layers(model)):
+    for parent, attribute, layer in list(linear_layers(model)):
         if isinstance(layer, _LoRALayer):
             if isinstance(layer, LoRADense):
                 layer.base.activation = layer.activation

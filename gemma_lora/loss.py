@@ -19,10 +19,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gemma_lora.packed import Int8Rows
+from gemma_lora.packed import Bfloat16Rows, Int8Rows
 
 #: The gradient filter: the share of each token's softmax up to which a block adds nothing to the gradient.
 NEGLIGIBLE = 2.0**-16
+_PACKED = Int8Rows | Bfloat16Rows
 _BLOCK = 1024  # vocabulary entries whose logits exist together: fastest on two cores of 1,024 to 32,768
 
 
@@ -73,24 +74,14 @@ def _block_logits(chunk: _Chunk, embeddings, index, soft_cap):
 
 def _rows(table, start, size: int, dtype):
     """Rows start … start + size of the table: as they are, or decoded to `dtype` where they are packed."""
-    if isinstance(table, Int8Rows):
+    if isinstance(table, _PACKED):
         return table.slice(start, size).decode(dtype)
-    return _floats(jax.lax.dynamic_slice_in_dim(_bits(table), start, size, axis=0))
+    return jax.lax.dynamic_slice_in_dim(table, start, size, axis=0)
 
 
 def _rows_of(table, ids):
-    """The rows of these tokens, (C, D)."""
-    return table.take(ids).decode() if isinstance(table, Int8Rows) else _floats(_bits(table)[ids])
-
-
-def _bits(table):
-    """A bfloat16 table as the integers that hold it: to take rows, XLA on the CPU would widen it all to float32."""
-    return table if table.dtype != jnp.bfloat16 else jax.lax.bitcast_convert_type(table, jnp.uint16)
-
-
-def _floats(bits):
-    """Undoes `_bits`."""
-    return bits if bits.dtype != jnp.uint16 else jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
+    """The rows of these tokens, (C, D) float32."""
+    return table.take(ids).decode() if isinstance(table, _PACKED) else table[ids].astype(jnp.float32)
 
 
 def _blocks(embeddings) -> int:
@@ -109,7 +100,7 @@ def _chunk_loss(chunk: _Chunk, embeddings, soft_cap, with_gradient: bool, shortc
     """
     factor = jnp.bfloat16 if shortcuts.rounded else jnp.float32
     at_target = _rows_of(embeddings, chunk.targets)  # (C, D)
-    plain = jnp.sum(chunk.hidden.astype(jnp.float32) * at_target.astype(jnp.float32), axis=-1)
+    plain = jnp.sum(chunk.hidden.astype(jnp.float32) * at_target, axis=-1)
     target, target_slope = _capped(plain, soft_cap)  # (C,)
 
     def one_block(index, carry):
@@ -146,7 +137,7 @@ def _chunk_loss(chunk: _Chunk, embeddings, soft_cap, with_gradient: bool, shortc
     miss = others / everything  # 1 - p(target)
     if target_slope is not None:
         miss = miss * target_slope
-    d_hidden = mean / everything[:, None] - miss[:, None] * at_target.astype(jnp.float32)
+    d_hidden = mean / everything[:, None] - miss[:, None] * at_target
     return loss, d_hidden * chunk.weights[:, None], log_normalizer
 
 
@@ -164,7 +155,7 @@ def _embedding_gradient(chunk: _Chunk, embeddings, soft_cap, log_normalizer, gra
         return jax.lax.dynamic_update_slice_in_dim(gradient, rows, start, axis=0)
 
     gradient = jax.lax.fori_loop(0, _blocks(embeddings), one_block, gradient)
-    plain = jnp.sum(hidden * embeddings[chunk.targets].astype(jnp.float32), axis=-1)
+    plain = jnp.sum(hidden * _rows_of(embeddings, chunk.targets), axis=-1)
     target, target_slope = _capped(plain, soft_cap)
     d_target = jnp.expm1(target - log_normalizer) * chunk.weights  # (p - 1) · weight
     if target_slope is not None:
@@ -214,10 +205,9 @@ def _summed_loss(hidden, embeddings, targets, weights, chunk_size, soft_cap, tra
 
 
 def _factors(hidden, embeddings, shortcuts: _Shortcuts):
-    if not shortcuts.rounded:
-        return hidden, embeddings
-    packed = isinstance(embeddings, Int8Rows)  # a block is rounded when it is decoded
-    return hidden.astype(jnp.bfloat16), embeddings if packed else embeddings.astype(jnp.bfloat16)
+    if not isinstance(embeddings, _PACKED) and (shortcuts.rounded or embeddings.dtype == jnp.bfloat16):
+        embeddings = Bfloat16Rows.of(embeddings)
+    return hidden.astype(jnp.bfloat16) if shortcuts.rounded else hidden, embeddings
 
 
 def _forward(hidden, embeddings, targets, weights, chunk_size, soft_cap, train_embeddings, shortcuts):
@@ -235,7 +225,7 @@ def _backward(chunk_size, soft_cap, train_embeddings, shortcuts, residuals, cota
     if train_embeddings:
         return d_hidden, cotangent * grad_embeddings, None, None
     # Frozen: XLA drops these zeros, nobody reads them.
-    return d_hidden, None if isinstance(embeddings, Int8Rows) else jnp.zeros_like(embeddings), None, None
+    return d_hidden, None if isinstance(embeddings, _PACKED) else jnp.zeros_like(embeddings), None, None
 
 
 _summed_loss.defvjp(_forward, _backward)
@@ -243,7 +233,7 @@ _summed_loss.defvjp(_forward, _backward)
 
 def chunked_cross_entropy(
     hidden: jax.Array,
-    embeddings: jax.Array | Int8Rows,
+    embeddings: jax.Array | Int8Rows | Bfloat16Rows,
     targets: jax.Array,
     weights: jax.Array,
     chunk_size: int = 64,
@@ -262,7 +252,8 @@ def chunked_cross_entropy(
 
     Args:
         hidden: (..., D), the backbone's output, any float dtype.
-        embeddings: (V, D), the tied embedding matrix; or `packed.Int8Rows`, of which 1,024 rows are decoded at a time.
+        embeddings: (V, D), the tied embedding matrix; or `packed.Int8Rows` or `Bfloat16Rows`, of which 1,024
+            rows are decoded at a time.
         targets: (...) integers in [0, V): the token to be predicted at each position.
         weights: (...) floats, 0 where a position carries no loss.
         chunk_size: Integer, tokens whose logits are formed together.
@@ -270,8 +261,8 @@ def chunked_cross_entropy(
         train_embeddings: If False (the default), the embeddings are taken as frozen and get a zero
             gradient from this loss.
         normalizer: Float or None; what the sum is divided by, in place of Σ weights.
-        mixed_precision: If True, `hidden` and `embeddings` are rounded to bfloat16 (give bfloat16 embeddings to
-            save that); sums stay float32.
+        mixed_precision: If True, `hidden` and `embeddings` are rounded to bfloat16 (give
+            `Bfloat16Rows` to save that); sums stay float32.
         filter_gradient: If True, blocks of 1,024 entries whose share of every token's softmax is below `NEGLIGIBLE`
             are left out of the gradient with respect to `hidden`; the loss is the same. By default as
             `mixed_precision`.
@@ -296,7 +287,7 @@ def chunked_cross_entropy(
     the target apart is ours.
     """
     hidden, targets, weights = map(jnp.asarray, (hidden, targets, weights))
-    if not isinstance(embeddings, Int8Rows):
+    if not isinstance(embeddings, _PACKED):
         embeddings = jnp.asarray(embeddings)
     elif train_embeddings:
         raise ValueError("Packed embeddings cannot be trained. Received: train_embeddings=True")

@@ -1,13 +1,22 @@
 """A frozen matrix product in mixed precision: factors rounded to bfloat16, sums in float32.
 
-Asking for a float32 result is what makes it fast on CPUs with AVX512-BF16: with a bfloat16 result XLA (jax 0.10.2)
-is no faster than in float32.
+Asking for a float32 result is what makes it fast on CPUs with AVX512-BF16 or AMX: with a bfloat16 result XLA (jax
+0.10.2) widens the factors first and is slower than in float32.
 """
 
 from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
+from typing import Any
+
+from gemma_lora.backend import require_jax
+
+require_jax()
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import keras  # noqa: E402
+
+from gemma_lora import linear  # noqa: E402
 
 
 def _rounded_dot(a: jax.Array, b: jax.Array, axes: tuple[tuple[int], tuple[int]]) -> jax.Array:
@@ -48,3 +57,29 @@ def _backward(kernel, gradient):
 
 
 frozen_product.defvjp(_forward, _backward)
+
+
+class _RoundedCall:
+    """What a frozen linear layer computes while `round_layer` holds; outside training, what it always does."""
+
+    def __init__(self, layer: keras.layers.Layer, kernel: keras.Variable):
+        self.layer, self.kernel = layer, kernel
+
+    def __call__(self, inputs: Any, training: bool | None = None) -> Any:
+        if not training or inputs.dtype != "float32":
+            return type(self.layer).call(self.layer, inputs, training=training)
+        y = linear.in_rows(self.layer, inputs, lambda x: frozen_product(x, self.kernel.value))
+        return y if self.layer.activation is None else self.layer.activation(y)
+
+
+def round_layer(layer: keras.layers.Layer, kernel: keras.Variable | None) -> None:
+    """Lets a frozen `Dense` or `EinsumDense` layer without bias form its product in mixed precision while it trains.
+
+    Args:
+        layer: The layer. Its weights and its class stay what they are.
+        kernel: Its kernel as a `(d_in, d_out)` bfloat16 matrix; None to undo this.
+    """
+    if kernel is not None:
+        layer.call = _RoundedCall(layer, kernel)
+    elif "call" in vars(layer):
+        del layer.call

@@ -301,3 +301,42 @@ class Int8Rows:
     @classmethod
     def tree_unflatten(cls, _, children):
         return cls(*children)
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass(frozen=True)
+class Bfloat16Rows:
+    """A table `(V, D)` in bfloat16 of which a few rows are used at a time, held as integers: `bits (V, D)` uint16.
+
+    As bfloat16, XLA on the CPU (jax 0.10.2) would widen the whole table to float32 before it takes rows out of it.
+    """
+
+    bits: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.bits.shape)
+
+    @classmethod
+    def of(cls, table: Any) -> Bfloat16Rows:
+        """Rounds an array of floats. Inside a jitted function XLA copies it for that."""
+        return cls(jax.lax.bitcast_convert_type(jnp.asarray(table, jnp.bfloat16), jnp.uint16))
+
+    def slice(self, start, size: int) -> Bfloat16Rows:
+        """Rows start … start + size, which may be traced."""
+        return Bfloat16Rows(jax.lax.dynamic_slice_in_dim(self.bits, start, size, axis=0))
+
+    def take(self, ids) -> Bfloat16Rows:
+        """The rows of these numbers, (…) -> (…, D)."""
+        return Bfloat16Rows(jnp.asarray(self.bits)[ids])
+
+    def decode(self, dtype: Any = jnp.float32) -> jax.Array:
+        """The rows as numbers, (…, D)."""
+        return jax.lax.bitcast_convert_type(self.bits, jnp.bfloat16).astype(dtype)
+
+    def tree_flatten(self):
+        return (self.bits,), None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(*children)

@@ -22,7 +22,7 @@ require_jax()
 
 import keras  # noqa: E402
 
-from gemma_lora import lora  # noqa: E402
+from gemma_lora import linear, lora  # noqa: E402
 from gemma_lora.dora import column_squares  # noqa: E402
 from gemma_lora.files import GemmaLoraError, atomic_path, write_json_atomic  # noqa: E402
 
@@ -240,7 +240,7 @@ def _check_fit(folder: Path, modules: dict[str, dict[str, np.ndarray]], places: 
         raise GemmaLoraError(f"{folder}: {what} match no layer of this model. The adapter is for another model.")
     for module, tensors in modules.items():
         a, b = (tensors[name] for name in _FACTORS)
-        d_in, d_out = lora.matrix_shape(_base(places[module]))
+        d_in, d_out = linear.matrix_shape(_base(places[module]))
         if a.shape[1:] != (d_in,) or b.shape != (d_out, a.shape[0]):
             raise GemmaLoraError(
                 f"{folder}: {module} has A {a.shape} and B {b.shape}; this model needs A (rank, {d_in}) and "
@@ -264,7 +264,7 @@ def _changes(tensors: dict[str, np.ndarray], slot: Slot) -> bool:
     """Whether a module's adapter changes what the layer gives."""
     if np.any(tensors["lora_B"]) or _MAGNITUDE not in tensors:
         return bool(np.any(tensors["lora_B"]))
-    norms = np.sqrt(column_squares(lora.kernel_matrix(_base(slot))))
+    norms = np.sqrt(column_squares(linear.kernel_matrix(_base(slot))))
     return not np.allclose(tensors[_MAGNITUDE], norms, rtol=1e-4)
 
 

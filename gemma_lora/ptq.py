@@ -22,7 +22,8 @@ import numpy as np
 
 from gemma_lora import nf4
 from gemma_lora.backend import require_jax
-from gemma_lora.lora import TARGETS, einsum_axes
+from gemma_lora.linear import einsum_axes
+from gemma_lora.lora import TARGETS
 from gemma_lora.quantization import dequantize, quantize
 
 require_jax()

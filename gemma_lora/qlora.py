@@ -10,7 +10,7 @@ Reference: Dettmers et al. 2023, https://arxiv.org/abs/2305.14314, section 3. Th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ require_jax()
 import keras  # noqa: E402
 from keras import ops  # noqa: E402
 
-from gemma_lora import lora, packed  # noqa: E402
+from gemma_lora import linear, lora, packed  # noqa: E402
 
 SCHEMES = ("nf4", "int8", "int4")
 
@@ -43,7 +43,7 @@ class _PackedLayer:
 
     def pack(self, layer: keras.layers.Layer, encoding: packed.Encoding, parts: dict[str, np.ndarray]) -> None:
         """Takes over a built layer: its name, bias and activation, and packed arrays for its kernel."""
-        self.kernel_shape = lora.kernel_shape(layer)
+        self.kernel_shape = linear.kernel_shape(layer)
         self.encoding = encoding
         self.bias = layer.bias
         if self.bias is not None:
@@ -65,11 +65,12 @@ class _PackedLayer:
         """The kernel, decoded: `(d_in, d_out)` float32."""
         return ops.transpose(self.encoding.decode(self.values()))
 
-    def product(self, inputs, training):
-        """`inputs @ kernel` over flattened axes: (…, d_in) -> (tokens, d_out)."""
-        x = ops.reshape(inputs, (-1, self.encoding.shape[1]))
+    def call(self, inputs, training=None):
         mixed = bool(training and self.mixed_precision)
-        return packed.packed_product(x, self.values(), self.encoding, mixed)
+        y = linear.in_rows(self, inputs, lambda x: packed.packed_product(x, self.values(), self.encoding, mixed))
+        if self.bias is not None:
+            y = y + ops.cast(self.bias, y.dtype)
+        return y if self.activation is None else self.activation(y)
 
 
 def _frozen_weight(layer: Any, name: str, array: np.ndarray) -> keras.Variable:
@@ -90,12 +91,6 @@ class PackedDense(_PackedLayer, keras.layers.Dense):
     def _kernel(self):
         return self.matrix()
 
-    def call(self, inputs, training=None):
-        y = ops.reshape(self.product(inputs, training), (*ops.shape(inputs)[:-1], self.units))
-        if self.bias is not None:
-            y = y + ops.cast(self.bias, y.dtype)
-        return y if self.activation is None else self.activation(y)
-
 
 class PackedEinsumDense(_PackedLayer, keras.layers.EinsumDense):
     """A frozen `EinsumDense` layer, a matrix product over the input's last axes, whose kernel is packed."""
@@ -105,15 +100,7 @@ class PackedEinsumDense(_PackedLayer, keras.layers.EinsumDense):
 
     @property
     def _kernel(self):
-        return lora.kernel_of(self.equation, self.matrix(), self.kernel_shape)
-
-    def call(self, inputs, training=None):
-        batch, _, new, letters = lora.einsum_axes(self.equation)
-        sizes = dict(zip(letters, self.kernel_shape, strict=True))
-        y = ops.reshape(self.product(inputs, training), (*ops.shape(inputs)[: len(batch)], *(sizes[a] for a in new)))
-        if self.bias is not None:
-            y = y + ops.cast(self.bias, y.dtype)
-        return y if self.activation is None else self.activation(y)
+        return linear.kernel_of(self.equation, self.matrix(), self.kernel_shape)
 
 
 class PackedEmbedding(keras.layers.ReversibleEmbedding):
@@ -223,7 +210,7 @@ def quantize_base(
     encoding_for(scheme, (1, 1), double_quant)
     if lora.lora_layers(model) or packed_layers(model):
         raise GemmaLoraError("The model has LoRA or packed layers already. Quantize a plain model, then `apply_lora`.")
-    places = list(_plain_layers(model))
+    places = list(lora.plain_layers(model))
     if not places:
         raise GemmaLoraError("The model holds no Dense or EinsumDense layer that could be packed.")
     for parent, attribute, layer in places:
@@ -245,9 +232,7 @@ def pack_layer(
 ) -> None:
     """Replaces one linear layer by a packed one; `matrix (d_out, d_in)` in place of its kernel, if given."""
     if matrix is None:
-        kernel = np.asarray(layer._kernel, np.float32)
-        plain = kernel if isinstance(layer, keras.layers.Dense) else np.asarray(lora.matrix_of(layer.equation, kernel))
-        matrix = np.ascontiguousarray(plain.T)
+        matrix = np.ascontiguousarray(np.asarray(linear.kernel_matrix(layer), np.float32).T)
     encoding = encoding_for(scheme, matrix.shape, double_quant, block_size)
     replace_by_packed(parent, attribute, layer, encoding, encoding.encode(matrix))
 
@@ -264,17 +249,6 @@ def replace_by_packed(
     new = cls.from_config(layer.get_config())
     new.pack(layer, encoding, parts)
     lora._replace(parent, attribute, new)
-
-
-def _plain_layers(model: keras.layers.Layer) -> Iterator[tuple[keras.layers.Layer, str, keras.layers.Layer]]:
-    """The linear layers that can be packed, with where they are held."""
-    for parent, attribute, layer in lora._linear_layers(model):
-        if isinstance(layer, keras.layers.EinsumDense):
-            try:
-                lora.einsum_axes(layer.equation)
-            except ValueError:  # not a matrix product over the last axes
-                continue
-        yield parent, attribute, layer
 
 
 def packed_layers(model: keras.layers.Layer) -> list[Any]:
@@ -344,7 +318,7 @@ def _plain(layer: Any) -> keras.layers.Layer:
     if cls is keras.layers.Dense:
         plain.build((None, kernel.shape[0]))
     else:
-        batch, contracted, _, letters = lora.einsum_axes(layer.equation)
+        batch, contracted, _, letters = linear.einsum_axes(layer.equation)
         sizes = dict(zip(letters, kernel.shape, strict=True))
         plain.build((*[None] * len(batch), *(sizes[a] for a in contracted)))
     plain._kernel.assign(kernel)

@@ -28,9 +28,11 @@ from gemma_lora import checkpoint  # noqa: E402
 from gemma_lora import data as data_module  # noqa: E402
 from gemma_lora.files import GemmaLoraError, write_json_atomic, write_text_atomic  # noqa: E402
 from gemma_lora.hardware import Program, memory_bytes, use_compilation_cache  # noqa: E402
-from gemma_lora.lora import kernel_matrix, lora_layers  # noqa: E402
+from gemma_lora.linear import kernel_matrix  # noqa: E402
+from gemma_lora.lora import lora_layers, plain_layers  # noqa: E402
 from gemma_lora.loss import chunked_cross_entropy  # noqa: E402
-from gemma_lora.packed import Int8Rows  # noqa: E402
+from gemma_lora.mixed_precision import round_layer  # noqa: E402
+from gemma_lora.packed import Bfloat16Rows, Int8Rows  # noqa: E402
 from gemma_lora.packing import Batch, pack  # noqa: E402
 from gemma_lora.qlora import PackedEmbedding, head_table, packed_layers  # noqa: E402
 from gemma_lora.remat import recomputed  # noqa: E402
@@ -176,8 +178,8 @@ class FineTuner(keras.Model):
             all their rows.
         remat: If True, activations inside a block are computed again in the backward pass instead of kept: less
             memory, more time.
-        mixed_precision: If True, the frozen kernels beside LoRA and the loss's products are formed in bfloat16 with
-            sums in float32, which is faster on processors with AVX512-BF16; see `chunked_cross_entropy`. Rounded
+        mixed_precision: If True, the products with frozen kernels and the loss's are formed in bfloat16 with
+            sums in float32, which is faster on processors with AVX512-BF16 or AMX; see `chunked_cross_entropy`. Rounded
             copies of the weights are kept for it. A, B, DoRA's magnitude and norms and the optimizer stay float32,
             and so does everything outside training.
         filter_gradient: If True, blocks of the vocabulary that have next to no share in any token's softmax are left
@@ -243,30 +245,35 @@ class FineTuner(keras.Model):
         self.log: TrainingLog | None = None
 
     def _round_kernels(self, mixed_precision: bool) -> None:
-        """Keeps the frozen kernels beside LoRA, and the embeddings, in bfloat16 for mixed precision."""
+        """Keeps the frozen kernels and the embeddings in bfloat16 for mixed precision."""
         self.rounded: list[keras.Variable] = []
-        self.rounded_embeddings: keras.Variable | None = None
-        layers = lora_layers(self.causal_lm)
-        for layer in layers:
+        self.rounded_embeddings: keras.Variable | None = None  # the bits of bfloat16: see `packed.Bfloat16Rows`
+        for layer in lora_layers(self.causal_lm):
             layer.rounded_kernel = None
+        for _, _, layer in plain_layers(self.causal_lm):
+            round_layer(layer, None)
         for layer in packed_layers(self.causal_lm):
-            layer.mixed_precision = mixed_precision
+            layer.mixed_precision = mixed_precision  # it rounds what it decodes
         if not mixed_precision:
             return
 
-        def rounded(array):
-            array = keras.ops.cast(array, "bfloat16")
-            self.rounded.append(keras.Variable(array, dtype="bfloat16", trainable=False))
+        def kept(array):
+            self.rounded.append(keras.Variable(array, dtype=str(array.dtype), trainable=False))
             return self.rounded[-1]
 
-        for layer in layers:
-            if layer.is_packed:  # it rounds what it decodes
-                continue
-            kernel = rounded(kernel_matrix(layer.base))
-            layer.rounded_kernel = lambda kernel=kernel: kernel.value
+        def rounded(layer):
+            return kept(keras.ops.cast(kernel_matrix(layer), "bfloat16"))
+
+        for layer in lora_layers(self.causal_lm):
+            if not layer.is_packed:
+                kernel = rounded(layer.base)
+                layer.rounded_kernel = lambda kernel=kernel: kernel.value
+        for _, _, layer in plain_layers(self.causal_lm):
+            if layer.bias is None and not layer.trainable_variables:
+                round_layer(layer, rounded(layer))
         embedding = self.causal_lm.backbone.token_embedding
         if not any(v.trainable for v in embedding.trainable_variables) and not isinstance(embedding, PackedEmbedding):
-            self.rounded_embeddings = rounded(embedding.embeddings.value)
+            self.rounded_embeddings = kept(Bfloat16Rows.of(embedding.embeddings.value).bits)
 
     def call(self, inputs, training=None):
         # Inputs that the backbone does not know (KerasHub's preprocessor of Gemma 3 may add some) are left out.
@@ -284,8 +291,8 @@ class FineTuner(keras.Model):
         embedding = self.causal_lm.backbone.token_embedding
         mixed = bool(training and self.settings["mixed_precision"])
         rounded = self.rounded_embeddings if mixed else None  # validation takes the weights as they are
-        embeddings = head_table(embedding) if rounded is None else rounded.value
-        if not mixed and not isinstance(embeddings, Int8Rows):
+        embeddings = head_table(embedding) if rounded is None else Bfloat16Rows(rounded.value)
+        if rounded is None and not isinstance(embeddings, Int8Rows):
             embeddings = keras.ops.cast(embeddings, y_pred.dtype)
         if sample_weight is None:
             sample_weight = keras.ops.ones(y.shape, "float32")

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 
-from gemma_lora import dora, lora, qlora
+from gemma_lora import dora, linear, lora, qlora
 from gemma_lora.generation import generate_tokens
 from gemma_lora.training import FineTuner
 from tests.conftest import tiny_gemma
@@ -37,7 +37,7 @@ def by_hand(kernel, a, b, magnitude, scaling):
 
 
 def matrix(layer):
-    return np.asarray(lora.kernel_matrix(layer.base))
+    return np.asarray(linear.kernel_matrix(layer.base))
 
 
 # --- norms ----------------------------------------------------------------------------------------------------------
@@ -75,7 +75,7 @@ def test_einsum_output_is_the_equation_and_merging_and_back(case, rslora):
     x = np.random.default_rng(0).normal(size=shape).astype("float32")
     kernel, before = matrix(layer), np.asarray(base.kernel)
     whole = by_hand(kernel, layer.lora_a, layer.lora_b, layer.magnitude, 6 / (np.sqrt(4) if rslora else 4))
-    _, contracted, new, letters = lora.einsum_axes(base.equation)
+    _, contracted, new, letters = linear.einsum_axes(base.equation)
     sizes = dict(zip(letters, before.shape, strict=True))
     stored = np.einsum(f"{contracted}{new}->{letters}", whole.reshape([sizes[a] for a in contracted + new]))
     expected = np.einsum(base.equation, x, stored)

@@ -17,6 +17,7 @@ LAYERS = {
     "numbers": ["files", "calibration", "quantization", "ternary", "nf4", "low_rank", "memory", "checkpoint"],
     "layers": [
         "backend",
+        "linear",
         "mixed_precision",
         "packed",
         "remat",

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 
-from gemma_lora import lora
+from gemma_lora import linear, lora
 
 
 def filled(layer, seed=0):
@@ -39,7 +39,7 @@ def test_einsum_update_is_a_dense_update(case, rslora):
     # By hand: scaling * A B as a matrix, brought to the kernel's axes by einsum's own letters.
     scaling = 6 / (np.sqrt(4) if rslora else 4)
     matrix = scaling * np.asarray(layer.lora_a) @ np.asarray(layer.lora_b)
-    _, contracted, new, letters = lora.einsum_axes(base.equation)
+    _, contracted, new, letters = linear.einsum_axes(base.equation)
     sizes = dict(zip(letters, kernel.shape, strict=True))
     update = np.einsum(f"{contracted}{new}->{letters}", matrix.reshape([sizes[a] for a in contracted + new]))
     expected = np.einsum(base.equation, x, kernel + update)
@@ -49,7 +49,7 @@ def test_einsum_update_is_a_dense_update(case, rslora):
     np.testing.assert_allclose(base.kernel, kernel + update, atol=1e-6)
     layer.unmerge()
     np.testing.assert_allclose(base.kernel, kernel, atol=1e-6)
-    np.testing.assert_allclose(layer.to_matrix(layer.to_kernel(matrix)), matrix)
+    np.testing.assert_allclose(linear.matrix_of(base.equation, linear.stored(base, matrix)), matrix)
 
 
 def test_dense_keeps_bias_and_activation():
@@ -92,7 +92,7 @@ def test_dropout_only_while_training():
 @pytest.mark.parametrize("equation", ["btd,bdh->bth", "btd,dh->bht", "btd,hd->tbh"])
 def test_equations_without_a_matrix_are_refused(equation):
     with pytest.raises(ValueError, match="matrix product"):
-        lora.einsum_axes(equation)
+        linear.einsum_axes(equation)
 
 
 SUBSETS = [s for n in (1, 2, 7) for s in itertools.combinations(lora.TARGETS, n)][::4]

@@ -5,7 +5,7 @@ import keras
 import numpy as np
 import pytest
 
-from gemma_lora import lora
+from gemma_lora import linear, lora
 
 TOKENS, D_IN, D_OUT, RANK, ALPHA = 5, 6, 8, 2, 3.0
 SCALING = {False: ALPHA / RANK, True: ALPHA / np.sqrt(RANK)}
@@ -42,7 +42,7 @@ def problem(seed=0):
 def test_gradients_are_the_formulas(make, rslora):
     layer = make(rslora)
     x, target, a, b = problem()
-    kernel = np.asarray(layer.to_matrix(layer.base.kernel))
+    kernel = np.asarray(linear.kernel_matrix(layer.base))
     gradients = jax.grad(lambda values: 0.5 * ((flat(layer, values, x) - target) ** 2).sum())([a, b])
     s = SCALING[rslora]
     dy = x @ kernel + s * x @ a @ b - target
@@ -54,7 +54,7 @@ def test_gradients_are_the_formulas(make, rslora):
 def test_gradients_are_finite_differences(make):
     layer = make()
     x, target, a, b = problem(1)
-    kernel = np.asarray(layer.to_matrix(layer.base.kernel), "float64")
+    kernel = np.asarray(linear.kernel_matrix(layer.base), "float64")
 
     def loss(a, b):  # in float64, so that a difference of losses keeps its digits
         return 0.5 * ((x @ (kernel + ALPHA / RANK * a @ b) - target) ** 2).sum()

@@ -7,6 +7,7 @@ import pytest
 
 from gemma_lora import loss
 from gemma_lora.loss import chunked_cross_entropy
+from gemma_lora.packed import Bfloat16Rows
 
 
 def problem(seed=0, dtype="float32", masked_rows=()):
@@ -118,6 +119,9 @@ def test_mixed_precision_is_the_loss_of_rounded_factors():
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     assert abs(float(value) - float(full_loss(hidden, embeddings, targets, weights))) > 1e-6  # it did round
     np.testing.assert_allclose(gradient, expected_gradient, atol=2**-7 * np.abs(expected_gradient).max())
+    kept, kept_gradient = jax.value_and_grad(mixed)(hidden, Bfloat16Rows.of(embeddings))
+    assert kept == value  # the table's bits, kept by who calls this often
+    np.testing.assert_array_equal(kept_gradient, gradient)
 
 
 @pytest.mark.parametrize("shortcut", ["mixed_precision", "filter_gradient"])

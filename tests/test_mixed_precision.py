@@ -7,9 +7,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from gemma_lora import lora
+from gemma_lora import linear, lora
 from gemma_lora.generation import generate_tokens
-from gemma_lora.mixed_precision import frozen_product
+from gemma_lora.mixed_precision import frozen_product, round_layer
 from gemma_lora.training import FineTuner
 from tests.conftest import tiny_gemma
 
@@ -29,9 +29,9 @@ def test_value_and_gradient_are_those_of_rounded_factors():
     assert np.abs(np.asarray(y) - x @ kernel).max() > 1e-4  # it did round
 
 
-def gradients(model, mixed_precision):
+def gradients(model, mixed_precision, targets="all-linear"):
     """LoRA's gradients on one batch, read off an SGD step of rate 1."""
-    lora.apply_lora(model, rank=2, targets="all-linear")
+    lora.apply_lora(model, rank=2, targets=targets)
     for number, layer in enumerate(lora.lora_layers(model)):
         layer.lora_b.assign(np.random.default_rng(number).normal(0, 0.1, layer.lora_b.shape))
     tuner = FineTuner(model, mixed_precision=mixed_precision)
@@ -43,9 +43,9 @@ def gradients(model, mixed_precision):
     return np.concatenate([(a - np.asarray(b)).ravel() for a, b in zip(before, tuner.trainable_variables, strict=True)])
 
 
-@pytest.mark.parametrize("generation", [2, 3])
-def test_gradients_point_where_float32s_do(generation):
-    plain, mixed = (gradients(tiny_gemma(generation), flag) for flag in (False, True))
+@pytest.mark.parametrize(("generation", "targets"), [(2, "all-linear"), (3, "all-linear"), (3, ("query", "value"))])
+def test_gradients_point_where_float32s_do(generation, targets):
+    plain, mixed = (gradients(tiny_gemma(generation), flag, targets) for flag in (False, True))
     cosine = plain @ mixed / np.linalg.norm(plain) / np.linalg.norm(mixed)
     assert 0.999 < cosine < 1 - 1e-9  # close, and not the same computation
     assert np.linalg.norm(mixed) == pytest.approx(np.linalg.norm(plain), rel=0.02)
@@ -91,9 +91,46 @@ def test_rounded_copies_are_variables_of_the_tuner_and_go_with_it(gemma):
     lora.apply_lora(gemma, rank=2, targets="all-linear")
     tuner = FineTuner(gemma, mixed_precision=True)
     held = {id(v) for v in tuner.non_trainable_variables}
-    assert len(tuner.rounded) == 2 * 7 + 1 and all(id(v) in held and v.dtype == "bfloat16" for v in tuner.rounded)
+    assert len(tuner.rounded) == 2 * 7 + 1 and {id(v) for v in tuner.rounded} <= held
+    assert [v.dtype for v in tuner.rounded] == ["bfloat16"] * 14 + ["uint16"]  # the table: its bits
     FineTuner(gemma)  # without it
     assert all(layer.rounded_kernel is None for layer in lora.lora_layers(gemma))
+
+
+LAYERS = {
+    "dense": lambda: (keras.layers.Dense(7, use_bias=False, activation="gelu"), (2, 5, 40)),
+    "query": lambda: (keras.layers.EinsumDense("btd,ndh->btnh", (None, 3, 4)), (2, 5, 40)),
+    "output": lambda: (keras.layers.EinsumDense("btnh,nhd->btd", (None, 6)), (2, 5, 4, 10)),
+}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_frozen_layer_without_lora_rounds_while_it_trains(kind):
+    layer, shape = LAYERS[kind]()
+    layer.build(shape)
+    layer.trainable = False
+    x = np.random.default_rng(0).normal(size=shape).astype("float32")
+    before = np.asarray(layer(x, training=True))
+    round_layer(layer, keras.Variable(linear.kernel_matrix(layer), dtype="bfloat16", trainable=False))
+    np.testing.assert_array_equal(layer(x, training=False), before)
+    kernel = np.asarray(layer.kernel)
+    layer.kernel.assign(rounded(kernel))
+    expected = type(layer).call(layer, jnp.asarray(rounded(x), "float32"))
+    layer.kernel.assign(kernel)
+    np.testing.assert_allclose(layer(x, training=True), expected, atol=1e-5)
+    assert np.abs(np.asarray(layer(x, training=True)) - before).max() > 1e-4
+    round_layer(layer, None)
+    np.testing.assert_array_equal(layer(x, training=True), before)
+
+
+def test_layers_that_are_trained_or_belong_to_another_training_do_not_round(gemma):
+    for block in gemma.backbone.transformer_layers:
+        block.gating_ffw.trainable = False
+    FineTuner(gemma, mixed_precision=True)
+    rounding = {layer.name for _, _, layer in lora.plain_layers(gemma) if "call" in vars(layer)}
+    assert rounding == {"ffw_gating"}
+    FineTuner(gemma)
+    assert not any("call" in vars(layer) for _, _, layer in lora.plain_layers(gemma))
 
 
 def test_generation_leaves_the_layers_as_they_were(gemma):

@@ -21,7 +21,7 @@ def with_decoded_weights(model, seed=0):
     """A plain model that holds what a packed model's codes stand for."""
     plain = tiny_gemma(3, seed)
     for (parent, attribute, layer), (_, _, other) in zip(
-        lora._linear_layers(plain), lora._linear_layers(model), strict=True
+        lora.linear_layers(plain), lora.linear_layers(model), strict=True
     ):
         layer._kernel.assign(other._kernel)
         assert getattr(parent, attribute) is layer
