@@ -63,6 +63,9 @@ def full_batch(stream):
 
 
 def run_ours(peer: str, repeats: int, count: int) -> dict:
+    from gemma_lora import hardware
+
+    hardware.keep_freed_memory()  # as `gemma-lora finetune` does
     import numpy as np
 
     import gemma_lora as gl

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from gemma_lora.files import GemmaLoraError, require_writable, write_json_atomic
+from gemma_lora.hardware import keep_freed_memory
 
 app = typer.Typer(
     add_completion=False,
@@ -277,6 +278,7 @@ def _load(model: str, adapter: Path | None, quantization: str | None, double_qua
 def main() -> None:
     """Runs the command line; what a user can cause is one line on stderr and status 2."""
     os.environ["KERAS_BACKEND"] = "jax"
+    keep_freed_memory()
     try:
         app()
     except (GemmaLoraError, ValueError, OSError) as error:

@@ -1,5 +1,9 @@
 """`Program`: a jitted function by another way, compiled once for each kind of arguments."""
 
+import platform
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,6 +39,35 @@ def test_options_are_for_cpus_only(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert hardware.compiler_options() == {}
     hardware.compiler_options.cache_clear()
+
+
+FAULTS = """
+import ctypes, resource, sys, threading
+from gemma_lora import hardware
+libc = ctypes.CDLL("libc.so.6")
+libc.aligned_alloc.restype = ctypes.c_void_p
+if sys.argv[1] == "keep":
+    hardware.keep_freed_memory()
+def work():
+    for _ in range(30):
+        place = libc.aligned_alloc(64, ctypes.c_size_t(64_000_000))  # as XLA asks
+        libc.memset(ctypes.c_void_p(place), 1, ctypes.c_size_t(64_000_000))
+        libc.free(ctypes.c_void_p(place))
+worker = threading.Thread(target=work)
+worker.start()
+worker.join()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt * resource.getpagesize() / 1e6)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
+def test_freed_memory_is_used_again_without_asking_the_system():
+    """30 times 64 MB, one after another, in a thread: 1.9 GB of fresh pages, or what the heap takes to settle."""
+    asked = {}
+    for mode in ("plain", "keep"):
+        done = subprocess.run([sys.executable, "-c", FAULTS, mode], capture_output=True, text=True, check=True)
+        asked[mode] = float(done.stdout)
+    assert asked["plain"] - asked["keep"] > 1000  # MB
 
 
 def test_peak_memory_is_at_least_what_is_held_now():
