@@ -38,8 +38,8 @@ $(VENV)/.complete: $(VENV)/.runtime
 
 env: $(VENV)/.complete ## the whole environment in .venv (3 minutes, 3.5 GB of disk)
 
-finetune: $(VENV)/.runtime ## fine-tune Gemma 3 270M on data/expenses, with a report (two cores: 13 minutes, 6 GB of memory)
-	@echo "Fine-tuning Gemma 3 270M on data/expenses. On two cores: about 13 minutes with the environment, 6 GB of memory, 0.3 GB of disk."
+finetune: $(VENV)/.runtime ## fine-tune Gemma 3 270M on data/expenses, with a report (two cores: 12 minutes, 6 GB of memory)
+	@echo "Fine-tuning Gemma 3 270M on data/expenses. On two cores: about 12 minutes with the environment, 6 GB of memory, 0.3 GB of disk."
 	$(BIN)/gemma-lora finetune --data data/expenses --run-dir runs/expenses --limit $(LIMIT) $(ARGS)
 
 test: env ## unit tests, then every notebook under nbval (two cores: 40 minutes, 12 GB of memory)

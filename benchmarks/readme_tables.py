@@ -27,7 +27,8 @@ PEERS = {
     "ours_filtered": "this project, float32, gradient filter",
     "ours_remat": "this project, float32, remat",
     "ours_mixed": "this project, mixed precision",
-    "keras_hub": "KerasHub's `enable_lora` and `fit`",
+    "keras_hub": "KerasHub's `enable_lora` and `fit`, float32",
+    "keras_hub_mixed": "KerasHub's `enable_lora` and `fit`, `mixed_bfloat16`",
     "peft_fp32": "Hugging Face PEFT, float32",
     "peft_bf16": "Hugging Face PEFT, bfloat16",
 }
