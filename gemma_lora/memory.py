@@ -315,7 +315,7 @@ def plan(
         trainable,
         weights=weights + adapter,
         constants=constants,
-        copies=_copied_bytes(c, accelerator) if mixed_precision and method == "lora" else 0,
+        copies=_copied_bytes(c, targets, accelerator) if mixed_precision and method == "lora" else 0,
         gradients=(size if method == "full" else BYTES["float32"]) * trainable,
         optimizer=MOMENTS * BYTES["float32"] * trainable,
         activations=size * floats * tokens,
@@ -324,12 +324,13 @@ def plan(
     )
 
 
-def _copied_bytes(c: Configuration, accelerator: bool) -> int:
-    """What mixed precision holds beside the weights: kernels and the embedding in bfloat16.
+def _copied_bytes(c: Configuration, targets: str | Sequence[str], accelerator: bool) -> int:
+    """What mixed precision holds beside the weights: kernels beside LoRA and the embedding in bfloat16.
 
     On a CPU, XLA (jax 0.10.2) widens the kernels again in the backward pass, all of them at once.
     """
-    kernels = linear_parameters(c)
+    shapes = c.matrices()
+    kernels = c.layers * sum(shapes[name][0] * shapes[name][1] for name in target_names(c, targets))
     widened = 0 if accelerator else BYTES["float32"] * kernels
     return BYTES["bfloat16"] * (kernels + c.vocabulary * c.width) + widened
 
