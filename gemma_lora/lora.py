@@ -129,6 +129,10 @@ class _LoRALayer(keras.layers.Layer):
         """`(d_in, d_out)` of the kernel seen as a matrix."""
         return linear.matrix_shape(self.base)
 
+    def to_matrix(self, kernel):
+        """The base's kernel as stored, as the `(d_in, d_out)` matrix it is."""
+        return kernel if isinstance(self.base, keras.layers.Dense) else linear.matrix_of(self.base.equation, kernel)
+
     def delta(self):
         """The update scaling * A @ B, `(d_in, d_out)`, float32."""
         return self.scaling * ops.matmul(self.lora_a, self.lora_b)
