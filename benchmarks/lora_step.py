@@ -63,14 +63,13 @@ def full_batch(stream):
 
 
 def run_ours(peer: str, repeats: int, count: int) -> dict:
-    from gemma_lora import hardware
+    from gemma_lora.hardware import keep_freed_memory, peak_memory_bytes
 
-    hardware.keep_freed_memory()  # as `gemma-lora finetune` does
+    keep_freed_memory()  # as `gemma-lora finetune` does, before JAX is there
     import numpy as np
 
     import gemma_lora as gl
     from gemma_lora import packing, training
-    from gemma_lora.hardware import peak_memory_bytes
 
     model = gl.load_gemma()
     encoded, stream = lines(count, model.preprocessor.tokenizer)
@@ -120,8 +119,11 @@ def run_keras_hub(peer: str, repeats: int, count: int) -> dict:
     if peer == "keras_hub_mixed":
         for layer in model._flatten_layers():
             layer.dtype_policy = "mixed_bfloat16"
-    for block in model.backbone.transformer_layers:  # KerasHub's own mask and attention again
+    for block in model.backbone.transformer_layers:  # KerasHub's own mask, attention and norms again
         del block._compute_attention_mask, block.attention._compute_attention
+    for layer in model.backbone._flatten_layers():
+        if "call" in vars(layer):
+            del layer.call
     model.preprocessor = None
     model.backbone.enable_lora(RANK)
     model.compile(

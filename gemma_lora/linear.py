@@ -93,7 +93,11 @@ def matrix_shape(layer: keras.layers.Layer) -> tuple[int, int]:
 
 def kernel_matrix(layer: keras.layers.Layer):
     """The kernel of a `Dense` or `EinsumDense` layer as `(d_in, d_out)`; a packed one is decoded."""
-    kernel = ops.convert_to_tensor(layer._kernel)
+    return as_matrix(layer, ops.convert_to_tensor(layer._kernel))
+
+
+def as_matrix(layer: keras.layers.Layer, kernel):
+    """A kernel as this layer stores it, as `(d_in, d_out)`; the inverse of `stored`."""
     return kernel if isinstance(layer, keras.layers.Dense) else matrix_of(layer.equation, kernel)
 
 

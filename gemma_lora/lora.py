@@ -131,7 +131,7 @@ class _LoRALayer(keras.layers.Layer):
 
     def to_matrix(self, kernel):
         """The base's kernel as stored, as the `(d_in, d_out)` matrix it is."""
-        return kernel if isinstance(self.base, keras.layers.Dense) else linear.matrix_of(self.base.equation, kernel)
+        return linear.as_matrix(self.base, kernel)
 
     def delta(self):
         """The update scaling * A @ B, `(d_in, d_out)`, float32."""

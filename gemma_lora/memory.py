@@ -325,9 +325,10 @@ def plan(
 
 
 def _copied_bytes(c: Configuration, targets: str | Sequence[str], accelerator: bool) -> int:
-    """What mixed precision holds beside the weights: kernels beside LoRA and the embedding in bfloat16.
+    """What mixed precision holds beside the weights: the targets' kernels and the embedding in bfloat16.
 
-    On a CPU, XLA (jax 0.10.2) widens the kernels again in the backward pass, all of them at once.
+    `FineTuner` now rounds the other kernels too; the measured peaks that this sum is held to are from before. On a CPU
+    without bfloat16 products, XLA (jax 0.10.2) widens the kernels again in the backward pass, all of them at once.
     """
     shapes = c.matrices()
     kernels = c.layers * sum(shapes[name][0] * shapes[name][1] for name in target_names(c, targets))

@@ -49,7 +49,7 @@ def test_einsum_update_is_a_dense_update(case, rslora):
     np.testing.assert_allclose(base.kernel, kernel + update, atol=1e-6)
     layer.unmerge()
     np.testing.assert_allclose(base.kernel, kernel, atol=1e-6)
-    np.testing.assert_allclose(linear.matrix_of(base.equation, linear.stored(base, matrix)), matrix)
+    np.testing.assert_allclose(layer.to_matrix(linear.stored(base, matrix)), matrix)
 
 
 def test_dense_keeps_bias_and_activation():
