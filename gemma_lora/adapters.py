@@ -107,6 +107,8 @@ class BottleneckAdapter(keras.layers.Layer):
         self.built = True
 
     def call(self, inputs):
+        inputs = ops.convert_to_tensor(inputs)  # a NumPy array of float64 becomes what JAX computes in
+
         def cast(variable):
             return ops.cast(variable, inputs.dtype)
 

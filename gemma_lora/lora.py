@@ -155,6 +155,7 @@ class _LoRALayer(keras.layers.Layer):
         return ops.cast(self.column_scale() * whole if self.dora else whole, kernel.dtype)
 
     def call(self, inputs, training=None):
+        inputs = ops.convert_to_tensor(inputs)  # a NumPy array of float64 becomes what JAX computes in
         if self.whole_kernel is not None and self.base.bias is None:
             return linear.in_rows(self.base, inputs, lambda x: ops.matmul(x, self.whole_kernel()))
         y = self._frozen_output(inputs, training)

@@ -79,6 +79,18 @@ def test_start_of_a_is_pefts():
     assert abs(a).max() <= 1 / 20 and abs(a.std() - 1 / 20 / np.sqrt(3)) < 2e-3
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("dora", [False, True])
+def test_float64_arrays_are_computed_in_float32(dora):
+    base, shape = CASES["query"]()
+    layer = filled(lora.LoRAEinsumDense(base, rank=2, alpha=2, dora=dora))
+    x = np.random.default_rng(0).normal(size=shape)
+    weights = ([v.value for v in variables] for variables in (layer.trainable_variables, layer.non_trainable_variables))
+    output, _ = layer.stateless_call(*weights, x)  # as it is, without the conversion in `layer(x)`
+    np.testing.assert_array_equal(output, layer(x.astype("float32")))
+    assert output.dtype == "float32"
+
+
 def test_dropout_only_while_training():
     dense = keras.layers.Dense(4)
     dense.build((None, 50))
