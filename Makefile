@@ -49,7 +49,7 @@ test: env ## unit tests, then every notebook under nbval (two cores: 40 minutes,
 
 parity: env ## compare with transformers, PEFT, llama.cpp, bitsandbytes and sentencepiece (two cores: 12 minutes, 5 GB of disk)
 	@echo "Installing the other engines (llama.cpp is compiled), then the comparison. On two cores: about 12 minutes."
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e ".[weights,notebooks,data,dev,parity]"
+	CMAKE_ARGS=-DGGML_NATIVE=OFF $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e ".[weights,notebooks,data,dev,parity]"
 	GEMMA_LORA_PARITY=1 $(BIN)/python -m pytest -q tests/parity
 
 latest: ## newest releases of everything, in a throw-away environment: lesson 12's traps, unit tests (two cores: 30 minutes, 12 GB of memory)

@@ -112,6 +112,7 @@ def run_keras_hub(peer: str, repeats: int, count: int) -> dict:
     import numpy as np
 
     import gemma_lora as gl
+    from gemma_lora import gemma
     from gemma_lora.hardware import peak_memory_bytes
 
     model = gl.load_gemma()
@@ -119,11 +120,7 @@ def run_keras_hub(peer: str, repeats: int, count: int) -> dict:
     if peer == "keras_hub_mixed":
         for layer in model._flatten_layers():
             layer.dtype_policy = "mixed_bfloat16"
-    for block in model.backbone.transformer_layers:  # KerasHub's own mask, attention and norms again
-        del block._compute_attention_mask, block.attention._compute_attention
-    for layer in model.backbone._flatten_layers():
-        if "call" in vars(layer):
-            del layer.call
+    gemma.disable_segments(model.backbone)
     model.preprocessor = None
     model.backbone.enable_lora(RANK)
     model.compile(

@@ -59,6 +59,53 @@ def _backward(kernel, gradient):
 frozen_product.defvjp(_forward, _backward)
 
 
+def _each(a: jax.Array, b: jax.Array, axes: tuple[tuple[int], tuple[int]]) -> jax.Array:
+    """Rounded products of the matrices in two arrays, (…, M, K) and (…, K, N) or one of them transposed.
+
+    On the CPU one by one: XLA there (jax 0.10.2) widens the factors of a product with batch axes to float32 again.
+    """
+    batch = a.shape[:-2]
+    if jax.default_backend() != "cpu":
+        same = tuple(range(len(batch)))
+        contracted = ((len(batch) + axes[0][0],), (len(batch) + axes[1][0],))
+        a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
+        return jax.lax.dot_general(a, b, (contracted, (same, same)), preferred_element_type=jnp.float32)
+    pairs = zip(a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:]), strict=True)
+    products = jnp.stack([_rounded_dot(left, right, axes) for left, right in pairs])
+    return products.reshape(*batch, *products.shape[-2:])
+
+
+@jax.custom_vjp
+def batched_product(a: jax.Array, b: jax.Array) -> jax.Array:
+    """`a @ b` for many matrices, both with a gradient, as attention has it.
+
+    Args:
+        a: (…, M, K) float32.
+        b: (…, K, N) float32, with a's first axes.
+
+    Returns:
+        (…, M, N) float32. Factors are rounded to bfloat16, in the gradients' products too; sums are float32.
+
+    Example:
+
+    >>> batched_product(jnp.ones((2, 3, 4)), jnp.ones((2, 4, 5))).shape
+    (2, 3, 5)
+    """
+    return _each(a, b, ((1,), (0,)))
+
+
+def _batched_forward(a, b):
+    return batched_product(a, b), (a, b)
+
+
+def _batched_backward(factors, gradient):
+    a, b = factors
+    return _each(gradient, b, ((1,), (1,))), _each(a, gradient, ((0,), (0,)))  # dA = dC Bᵀ, dB = Aᵀ dC
+
+
+batched_product.defvjp(_batched_forward, _batched_backward)
+
+
 class _RoundedCall:
     """What a frozen linear layer computes while `round_layer` holds; outside training, what it always does."""
 

@@ -31,7 +31,7 @@ from gemma_lora.hardware import Program, memory_bytes, use_compilation_cache  # 
 from gemma_lora.linear import kernel_matrix  # noqa: E402
 from gemma_lora.lora import lora_layers, plain_layers  # noqa: E402
 from gemma_lora.loss import chunked_cross_entropy  # noqa: E402
-from gemma_lora.mixed_precision import round_layer  # noqa: E402
+from gemma_lora.mixed_precision import batched_product, round_layer  # noqa: E402
 from gemma_lora.packed import Bfloat16Rows, Int8Rows  # noqa: E402
 from gemma_lora.packing import Batch, pack  # noqa: E402
 from gemma_lora.qlora import PackedEmbedding, head_table, packed_layers  # noqa: E402
@@ -254,6 +254,8 @@ class FineTuner(keras.Model):
             round_layer(layer, None)
         for layer in packed_layers(self.causal_lm):
             layer.mixed_precision = mixed_precision  # it rounds what it decodes
+        for block in self.causal_lm.backbone.transformer_layers:
+            block.attention.rounded_product = batched_product if mixed_precision else None
         if not mixed_precision:
             return
 

@@ -9,7 +9,7 @@ import pytest
 
 from gemma_lora import linear, lora
 from gemma_lora.generation import generate_tokens
-from gemma_lora.mixed_precision import frozen_product, round_layer
+from gemma_lora.mixed_precision import batched_product, frozen_product, round_layer
 from gemma_lora.training import FineTuner
 from tests.conftest import tiny_gemma
 
@@ -27,6 +27,21 @@ def test_value_and_gradient_are_those_of_rounded_factors():
     np.testing.assert_allclose(d_x, rounded(cotangent) @ rounded(kernel).T, atol=1e-5)
     assert y.dtype == jnp.float32 and not np.any(d_kernel)
     assert np.abs(np.asarray(y) - x @ kernel).max() > 1e-4  # it did round
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_batched_value_and_gradients_are_those_of_rounded_factors(monkeypatch, backend):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    rng = np.random.default_rng(0)
+    a, b, cotangent = (
+        rng.normal(size=shape).astype("float32") for shape in ((2, 3, 5, 40), (2, 3, 40, 7), (2, 3, 5, 7))
+    )
+    y, pullback = jax.vjp(batched_product, jnp.asarray(a), jnp.asarray(b))
+    d_a, d_b = pullback(jnp.asarray(cotangent))
+    np.testing.assert_allclose(y, rounded(a) @ rounded(b), atol=1e-5)
+    np.testing.assert_allclose(d_a, rounded(cotangent) @ np.swapaxes(rounded(b), -1, -2), atol=1e-5)
+    np.testing.assert_allclose(d_b, np.swapaxes(rounded(a), -1, -2) @ rounded(cotangent), atol=1e-5)
+    assert y.dtype == jnp.float32 and np.abs(np.asarray(y) - a @ b).max() > 1e-4  # it did round
 
 
 def gradients(model, mixed_precision, targets="all-linear"):
@@ -73,6 +88,8 @@ def test_validation_is_in_float32_even_when_merged(gemma):
         tuner.compile(keras.optimizers.SGD(0.0))
         if merged:
             lora.merge_lora(gemma)
+            for block in gemma.backbone.transformer_layers:
+                block.attention.rounded_product = None  # which rounds whatever the kernels are
         trained = tuner(x, training=True)
         lora.unmerge_lora(gemma)
         return float(np.ravel(tuner.evaluate(x, y, verbose=0))[0]), np.asarray(trained)
@@ -80,9 +97,8 @@ def test_validation_is_in_float32_even_when_merged(gemma):
     plain, mixed = losses(False, False), losses(True, False)
     assert mixed[0] == pytest.approx(plain[0], rel=1e-6)
     assert np.abs(mixed[1] - plain[1]).max() > 1e-4  # training does round
-    merged = losses(True, True)[
-        1
-    ]  # the update is in the kernel, and must not be lost with a rounded copy of the old one
+    # The update is in the kernel, and must not be lost with a rounded copy of the old one.
+    merged = losses(True, True)[1]
     np.testing.assert_allclose(merged, plain[1], atol=1e-4 * np.abs(plain[1]).max())
 
 
