@@ -275,7 +275,8 @@ def plan(
             fine-tuning, of gradients. Adam's moments, A and B and their gradients are float32.
         quantization: `"nf4"`, `"int4"` or `"int8"`, with `method="qlora"`.
         remat: Whether activations inside a block are computed again in the backward pass.
-        mixed_precision: Whether bfloat16 copies of the weights are kept beside float32 ones (`FineTuner`'s setting).
+        mixed_precision: Whether bfloat16 copies of the weights are kept beside float32 ones (`FineTuner`'s setting). A
+            CPU without bfloat16 products, where it does not pay, takes more: XLA (jax 0.10.2) widens the kernels again.
         full_logits: Whether the loss forms all logits, as a plain cross-entropy does.
         accelerator: Whether the process's own memory is elsewhere, on a host.
 
@@ -309,31 +310,21 @@ def plan(
     one_block = activation_floats(c, row_length) + scaled
     floats = c.layers * c.width + one_block if remat else c.layers * one_block
     logits = FULL_LOGITS * BYTES["float32"] * c.vocabulary if full_logits else BYTES["float32"] * 2 * c.width
+    # Mixed precision holds every frozen kernel and the embedding beside the weights.
+    rounded = linear_parameters(c) + c.vocabulary * c.width if mixed_precision and method == "lora" else 0
     return Plan(
         c,
         method,
         trainable,
         weights=weights + adapter,
         constants=constants,
-        copies=_copied_bytes(c, targets, accelerator) if mixed_precision and method == "lora" else 0,
+        copies=BYTES["bfloat16"] * rounded,
         gradients=(size if method == "full" else BYTES["float32"]) * trainable,
         optimizer=MOMENTS * BYTES["float32"] * trainable,
         activations=size * floats * tokens,
         logits=logits * tokens,
         process=0 if accelerator else PROCESS_BYTES,
     )
-
-
-def _copied_bytes(c: Configuration, targets: str | Sequence[str], accelerator: bool) -> int:
-    """What mixed precision holds beside the weights: the targets' kernels and the embedding in bfloat16.
-
-    `FineTuner` now rounds the other kernels too; the measured peaks that this sum is held to are from before. On a CPU
-    without bfloat16 products, XLA (jax 0.10.2) widens the kernels again in the backward pass, all of them at once.
-    """
-    shapes = c.matrices()
-    kernels = c.layers * sum(shapes[name][0] * shapes[name][1] for name in target_names(c, targets))
-    widened = 0 if accelerator else BYTES["float32"] * kernels
-    return BYTES["bfloat16"] * (kernels + c.vocabulary * c.width) + widened
 
 
 def _weight_bytes(c: Configuration, method: str, quantization: str, size: int) -> tuple[int, int]:

@@ -284,7 +284,7 @@ def test_overwrite_begins_anew_but_not_before_the_data_are_read(command, monkeyp
 def test_plan_says_what_fits_and_how_to_run_it(command):
     status, text, error = command("plan", "--model", "gemma3_1b", "--memory", "16GB")
     assert (status, error) == (0, "")
-    assert "gemma-lora finetune --model gemma3_1b --rank 16 --rows 2 --row-length 384" in text
+    assert "gemma-lora finetune --model gemma3_1b --rank 16 --rows 4 --row-length 384" in text
     rows = {line.split()[0]: line for line in text.splitlines() if line.strip()}
     full, lora_row = rows["full"], rows["lora"]
     assert "–" in full and "–" not in lora_row  # 16 bytes a weight are 16 GB already
@@ -292,7 +292,7 @@ def test_plan_says_what_fits_and_how_to_run_it(command):
 
 def test_plan_takes_remat_where_only_that_fits_and_says_so_where_nothing_does(command, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    status, text, _ = command("plan", "--model", "gemma3_270m", "--memory", "3.2GB")
+    status, text, _ = command("plan", "--model", "gemma3_270m", "--memory", "2.9GB")
     assert status == 0 and "finetune --rank 16" in text and "--remat" in text
     more = ("--targets", "query,value", "--dtype", "float32")
     status, text, _ = command("plan", "--model", "gemma3_1b", "--memory", "16GB", *more)
