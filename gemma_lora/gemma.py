@@ -304,8 +304,7 @@ def _norm_in_rows(self, x):
 def _known_rotation(self, known: dict[Any, Any], inputs, start_index=0, positions=None):
     """A rotary layer's cosines and sines: constants of the program where it starts at position 0, as in training.
 
-    XLA on the CPU (jax 0.10.2) otherwise computes them anew for every row, head and gradient that they meet, which
-    took a seventh of a training step.
+    XLA on the CPU (jax 0.10.2) otherwise computes them anew for every row, head and gradient that they meet.
 
     Args:
         known: What layers of one backbone have computed already; changed.
@@ -316,9 +315,10 @@ def _known_rotation(self, known: dict[Any, Any], inputs, start_index=0, position
     def own(inputs):
         return type(self)._compute_cos_sin_embedding(self, inputs, start_index, positions)
 
-    if positions is not None or not isinstance(start_index, int) or jax.default_backend() != "cpu":
+    from_zero = isinstance(start_index, int) and start_index == 0 and positions is None
+    if not from_zero or jax.default_backend() != "cpu":
         return own(inputs)
-    kind = (self.max_wavelength, self.scaling_factor, self.compute_dtype, start_index, inputs.shape[1:])
+    kind = (self.max_wavelength, self.scaling_factor, self.compute_dtype, inputs.shape[1:])
     if kind not in known:
         with jax.ensure_compile_time_eval():
             known[kind] = own(jax.numpy.zeros((1, *inputs.shape[1:])))

@@ -74,6 +74,21 @@ def test_outside_training_nothing_is_rounded(gemma):
     np.testing.assert_array_equal(gemma.backbone(x), before)
 
 
+def test_attention_rounds_while_training_only(gemma, monkeypatch):
+    formed = []
+    product = lambda a, b: formed.append(a.shape) or batched_product(a, b)  # noqa: E731
+    monkeypatch.setattr("gemma_lora.training.batched_product", product)
+    lora.apply_lora(gemma, rank=2)
+    x = {"token_ids": np.full((2, 12), 7), "padding_mask": np.ones((2, 12), "int32")}
+    tuner = FineTuner(gemma, mixed_precision=True)
+    tuner(x, training=False)
+    assert not formed
+    tuner(x, training=True)
+    assert len(formed) == 2 * len(gemma.backbone.transformer_layers)  # scores, and values under them
+    FineTuner(gemma, mixed_precision=False)(x, training=True)
+    assert len(formed) == 2 * len(gemma.backbone.transformer_layers)
+
+
 def test_validation_is_in_float32_even_when_merged(gemma):
     """The loss that `evaluate` gives does not depend on how the model is trained."""
     lora.apply_lora(gemma, rank=2, targets="all-linear")
