@@ -47,10 +47,11 @@ test: env ## unit tests, then every notebook under nbval (two cores: 40 minutes,
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --ignore tests/parity
 	$(BIN)/python -m pytest -q $(NBVAL) notebooks
 
-# llama.cpp without the processor's newest instructions: on a virtual Xeon with AMX it died of one.
+# llama.cpp without the processor's newest instructions: on a virtual Xeon with AMX it died of one. pip keeps the wheels
+# it builds whatever CMAKE_ARGS said, so without --no-cache-dir an older build with those instructions would be taken.
 parity: env ## compare with transformers, PEFT, llama.cpp, bitsandbytes and sentencepiece (two cores: 12 minutes, 5 GB of disk)
 	@echo "Installing the other engines (llama.cpp is compiled), then the comparison. On two cores: about 12 minutes."
-	CMAKE_ARGS=-DGGML_NATIVE=OFF $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e ".[weights,notebooks,data,dev,parity]"
+	CMAKE_ARGS=-DGGML_NATIVE=OFF $(BIN)/python -m pip install --quiet --no-cache-dir --disable-pip-version-check --no-compile -c constraints.txt -e ".[weights,notebooks,data,dev,parity]"
 	GEMMA_LORA_PARITY=1 $(BIN)/python -m pytest -q tests/parity
 
 latest: ## newest releases of everything, in a throw-away environment: lesson 12's traps, unit tests (two cores: 30 minutes, 12 GB of memory)
