@@ -1,11 +1,16 @@
 """Sixteen ways to fine-tune Gemma 3 270M on the expense lines, compared.
 
-Every method sees the same lines in the same order, in packed rows of 384 tokens, in float32. Two kinds of runs:
+Every method sees the same lines in the same order, in packed rows of 384 tokens. Kinds of runs:
 
   rate/<method>/<rate>   short; the rate with the least loss on lines of `validation` and `validation_unseen` is chosen
   final/<method>/<seed>  longer, at that rate; scored on lines of `validation` on the way, which shows how many lines a
                          method needs, and once, at the end, on all of `test` and `test_unseen`
   same/nf4_dq/<seed>     the same at the rate of LoRA on float32, which tells NF4's own part from the rate's
+  mixed/lora_all/<seed>  a final run again, in mixed precision
+
+Float32 on an accelerator. On a CPU that multiplies bfloat16 quickly, long runs are in mixed precision and with the
+gradient filter, as in `gemma-lora finetune`, except where the kernels themselves are trained or
+Keras's own layers compute; a run says which in `mixed_precision`, and `mixed/lora_all` what it changes.
 
 Scored are the loss of the answers' tokens, teacher-forced exact match (the share of answers of which every token is the
 most probable one after the right tokens before it: what greedy generation would write to the letter), and the
@@ -74,7 +79,7 @@ def planned() -> list[tuple[str, str, float | int]]:
     for method, settings in METHODS.items():
         once += [("rate", method, rate) for rate in settings["rates"]] + [("final", method, SEEDS[0])]
     more = [("final", method, seed) for seed in SEEDS[1:] for method in REPEATED]
-    return once + [("same", "nf4_dq", SEEDS[0])] + more
+    return once + [("same", "nf4_dq", SEEDS[0]), ("mixed", "lora_all", SEEDS[0])] + more
 
 
 def name_of(kind: str, method: str, value: float | int) -> str:
@@ -88,6 +93,17 @@ def best_rate(runs: dict[str, dict], method: str) -> float | None:
     if None in short or not fine:
         return None
     return min(fine, key=lambda run: run["validation_loss"])["rate"]
+
+
+def is_mixed(kind: str, method: str) -> bool:
+    """Whether this machine makes this run in mixed precision. Time is measured in float32."""
+    import jax
+
+    from gemma_lora import hardware
+
+    possible = method not in ("full", "int8_keras")  # trained kernels, and layers that are not ours, stay float32
+    gains = jax.default_backend() == "cpu" and hardware.has_fast_bfloat16()
+    return kind == "mixed" or (kind in ("final", "same") and possible and gains)
 
 
 def prepared(method: str, seed: int):
@@ -125,7 +141,9 @@ def keras_int8_lora(model, rank: int, seed: int) -> None:
         layer.enable_lora(rank)
 
 
-def trained(model, dataset, rate: float, seed: int, limit: int, on_the_way: tuple[int, ...] = ()) -> dict[str, Any]:
+def trained(
+    model, dataset, rate: float, seed: int, limit: int, on_the_way: tuple[int, ...] = (), mixed: bool = False
+) -> dict[str, Any]:
     """Fine-tunes a prepared model in place, and says what it cost and how it did after so many lines."""
     import keras
     import short_training
@@ -133,7 +151,7 @@ def trained(model, dataset, rate: float, seed: int, limit: int, on_the_way: tupl
     import gemma_lora as gl
     from gemma_lora import evaluation
 
-    tuner = gl.FineTuner(model, learning_rate=rate, row_length=ROW_LENGTH, seed=seed)
+    tuner = gl.FineTuner(model, learning_rate=rate, row_length=ROW_LENGTH, seed=seed, mixed_precision=mixed)
     progress: dict[str, float] = {}
 
     class OnTheWay(keras.callbacks.Callback):
@@ -175,11 +193,12 @@ def run_one(kind: str, method: str, value: float, rate: float) -> dict[str, Any]
     hardware.use_compilation_cache()
     seed = SEEDS[0] if kind == "rate" else int(value)
     model = prepared(method, seed)
-    long = kind in ("final", "same")
+    long = kind in ("final", "same", "mixed")
     dataset = gl.load_dataset(ROOT / "data/expenses")
     result = {"method": method, "rate": rate, "seed": seed, "lines": LINES["final" if long else kind]}
-    result["device"] = hardware.machine()["devices"]
-    result |= trained(model, dataset, rate, seed, result["lines"], ON_THE_WAY if long else ())
+    mixed = is_mixed(kind, method)
+    result |= {"device": hardware.machine()["devices"], "mixed_precision": mixed}
+    result |= trained(model, dataset, rate, seed, result["lines"], ON_THE_WAY if long else (), mixed)
     if "failed" in result:
         return result
     if kind == "time":

@@ -99,7 +99,7 @@ def methods(record: dict[str, Any]) -> str:
     runs = record["runs"]
     rows = []
     for method, name in METHODS.items():
-        of: dict[str, list] = {kind: [] for kind in ("rate", "final", "time", "same")}
+        of: dict[str, list] = {kind: [] for kind in ("rate", "final", "time", "same", "mixed")}
         for key, run in runs.items():
             kind, whose, _ = key.split("/")
             if whose == method and "failed" not in run:
@@ -115,8 +115,10 @@ def methods(record: dict[str, Any]) -> str:
         else:
             row += ["–"] * 2
         rows.append(row)
-        if same := of["same"]:
-            rows.append([f"{name}, at LoRA's rate", row[1], f"{same[0]['rate']:g}", "–", "–", *_long(same), "–", "–"])
+        for kind, difference in {"same": "at LoRA's rate", "mixed": "in mixed precision"}.items():
+            if again := of[kind]:
+                begin = [f"{name}, {difference}", row[1], f"{again[0]['rate']:g}"]
+                rows.append([*begin, "–", "–", *_long(again), "–", "–"])
     lines = record["settings"]["lines"]
     short, long = f"{lines['rate']} lines: loss", f"{lines['final']:,} lines: `test` %"
     costs = ["English perplexity", "peak memory", "s a step"]

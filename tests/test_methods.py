@@ -126,6 +126,20 @@ def test_rates_come_before_what_they_are_chosen_for(methods):
             assert rates == set(methods.METHODS[method]["rates"])
 
 
+def test_long_runs_are_mixed_where_that_is_fast_and_says_the_same(methods, monkeypatch):
+    from gemma_lora import hardware
+
+    for fast in (True, False):
+        monkeypatch.setattr(hardware, "has_fast_bfloat16", lambda fast=fast: fast)
+        assert methods.is_mixed("final", "nf4_dq") is fast and methods.is_mixed("same", "nf4_dq") is fast
+        assert methods.is_mixed("mixed", "lora_all")
+        assert not methods.is_mixed("final", "full") and not methods.is_mixed("final", "int8_keras")
+        assert not methods.is_mixed("rate", "nf4_dq") and not methods.is_mixed("time", "nf4_dq")
+    monkeypatch.setattr("jax.default_backend", lambda: "gpu")
+    monkeypatch.setattr(hardware, "has_fast_bfloat16", lambda: True)
+    assert not methods.is_mixed("final", "nf4_dq")
+
+
 def test_a_larger_set_of_lines_holds_the_smaller_ones_of_its_seed(benchmark_script):
     curve = benchmark_script("learning_curve")
     small, large, other = (curve.chosen_lines(list(range(100)), n, seed) for n, seed in ((10, 1), (50, 1), (10, 2)))
