@@ -21,8 +21,8 @@ import keras  # noqa: E402
 from gemma_lora.data import Example, Template, encode  # noqa: E402
 from gemma_lora.files import GemmaLoraError  # noqa: E402
 from gemma_lora.generation import generate  # noqa: E402
-from gemma_lora.loss import chunked_cross_entropy  # noqa: E402
-from gemma_lora.packing import pack  # noqa: E402
+from gemma_lora.loss import chunked_cross_entropy, token_scores  # noqa: E402
+from gemma_lora.packing import Batch, pack  # noqa: E402
 from gemma_lora.qlora import head_table  # noqa: E402
 
 
@@ -168,28 +168,45 @@ def teacher_forced(
     if not examples:
         raise GemmaLoraError("There are no examples to evaluate on.")
     encoded = encode(examples, model.preprocessor.tokenizer, template, row_length)
-    batches = pack(encoded.tokens, encoded.loss_mask, 1, row_length)
-    answers = [np.flatnonzero(batch.weights[0]) for batch in batches]
+    alone = pack(encoded.tokens, encoded.loss_mask, 1, row_length)
+    rows = _as_equal(len(alone), _ROWS)
+    batches = [_stacked(alone[start : start + rows], rows) for start in range(0, len(alone), rows)]
+    answers = [np.flatnonzero(weights) for _, _, _, weights in batches]
     most = max(map(len, answers))  # one shape, so that XLA compiles once
     variables = model.backbone.variables
 
     @jax.jit
-    def row_scores(values, token_ids, segment_ids, places, targets):
+    def scores_of(values, token_ids, segment_ids, places, targets):
         with keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True))):
-            hidden = model.backbone({"token_ids": token_ids, "padding_mask": segment_ids})[0, places]  # (P, D)
-            logits = model.backbone.token_embedding(hidden, reverse=True)  # (P, V)
-        chosen = jax.numpy.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
-        return jax.nn.logsumexp(logits, axis=1) - chosen, logits.argmax(axis=1) == targets
+            hidden = model.backbone({"token_ids": token_ids, "padding_mask": segment_ids})  # (rows, T, D)
+            embedding = model.backbone.token_embedding
+            hidden = hidden.reshape(-1, hidden.shape[-1])[places]  # (P, D)
+            return token_scores(hidden, head_table(embedding), targets, soft_cap=embedding.logit_soft_cap)
 
     values, losses, whole = [v.value for v in variables], [], []
-    for batch, answer in zip(batches, answers, strict=True):
+    for (token_ids, segment_ids, targets, _), answer in zip(batches, answers, strict=True):
         places = np.pad(answer, (0, most - len(answer)))
-        row = row_scores(values, batch.token_ids, batch.segment_ids, places, batch.targets[0, places])
-        loss, right = (np.asarray(part)[: len(answer)] for part in row)
+        found = scores_of(values, token_ids, segment_ids, places, targets.flat[places])
+        loss, right = (np.asarray(part)[: len(answer)] for part in found)
         losses.append(loss)
-        segments = batch.segment_ids[0, answer]
-        whole += [bool(right[segments == segment].all()) for segment in np.unique(segments)]
+        example = segment_ids.flat[answer] + row_length * (answer // row_length)  # a number of its own in each row
+        whole += [bool(right[example == number].all()) for number in np.unique(example)]
     return TeacherForced(float(np.concatenate(losses).mean()), sum(whole) / len(whole), len(whole))
+
+
+_ROWS = 4  # rows that are scored together: packed kernels are decoded once for all of them
+
+
+def _as_equal(count: int, most: int) -> int:
+    """The size of groups of at most `most` that hold `count` things with as few empty places as can be."""
+    return -(-count // -(-count // most))
+
+
+def _stacked(batches: list[Batch], rows: int) -> list[np.ndarray]:
+    """Token ids, segment ids, targets and weights of batches of one row, (rows, T), filled up with zeros."""
+    fields = ("token_ids", "segment_ids", "targets", "weights")
+    stacks = [np.concatenate([getattr(batch, field) for batch in batches]) for field in fields]
+    return [np.pad(stack, ((0, rows - len(batches)), (0, 0))) for stack in stacks]
 
 
 def few_shot_template(template: Template, examples: Sequence[Example]) -> Template:

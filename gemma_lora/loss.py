@@ -88,18 +88,23 @@ def _blocks(embeddings) -> int:
     return -(-embeddings.shape[0] // _BLOCK)
 
 
-def _chunk_loss(chunk: _Chunk, embeddings, soft_cap, with_gradient: bool, shortcuts: _Shortcuts):
-    """Loss of one chunk and its gradient with respect to the hidden states.
+class _Running(NamedTuple):
+    """What a pass over the vocabulary knows of each token; `others` is Σ exp(logit - maximum) but for the target's."""
 
-    The target is kept apart from the other entries: with `others` the sum of exp(logit - maximum) over them,
-    the loss is log(1 + others / exp(target - maximum)) and 1 - p(target) is others / all. Both are exact
-    however sure the model is, where logsumexp - target and p - 1 would cancel.
+    target: jax.Array
+    target_slope: jax.Array | None
+    maximum: jax.Array
+    others: jax.Array
+    mean: jax.Array
+
+
+def _over_vocabulary(chunk: _Chunk, embeddings, at_target, soft_cap, with_gradient: bool, shortcuts: _Shortcuts):
+    """Passes over the vocabulary block by block.
 
     Returns:
-        `(loss, d_hidden, log_normalizer)`: weights · negative log-likelihood, summed; (C, D) float32 or None; (C,).
+        `_Running`, with the mean of the embeddings under `others`, (C, D), if `with_gradient`.
     """
     factor = jnp.bfloat16 if shortcuts.rounded else jnp.float32
-    at_target = _rows_of(embeddings, chunk.targets)  # (C, D)
     plain = jnp.sum(chunk.hidden.astype(jnp.float32) * at_target, axis=-1)
     target, target_slope = _capped(plain, soft_cap)  # (C,)
 
@@ -125,19 +130,39 @@ def _chunk_loss(chunk: _Chunk, embeddings, soft_cap, with_gradient: bool, shortc
 
     empty = jnp.zeros(chunk.hidden.shape if with_gradient else (0,), jnp.float32)
     start = (target, jnp.zeros_like(target), empty)
-    maximum, others, mean = jax.lax.fori_loop(0, _blocks(embeddings), one_block, start)
-    everything = others + jnp.exp(target - maximum)
-    losses = jnp.log1p(others * jnp.exp(maximum - target))
+    return _Running(target, target_slope, *jax.lax.fori_loop(0, _blocks(embeddings), one_block, start))
+
+
+def _token_losses(seen: _Running):
+    """`(losses, everything)`: -ln p(target) of each token, and Σ exp(logit - maximum), both (C,)."""
+    everything = seen.others + jnp.exp(seen.target - seen.maximum)
+    losses = jnp.log1p(seen.others * jnp.exp(seen.maximum - seen.target))
     # exp(maximum - target) overflows where the target is 88 below the best entry; the plain form is exact there.
-    losses = jnp.where(maximum - target > 60.0, jnp.log(everything) + maximum - target, losses)
+    far = seen.maximum - seen.target > 60.0
+    return jnp.where(far, jnp.log(everything) + seen.maximum - seen.target, losses), everything
+
+
+def _chunk_loss(chunk: _Chunk, embeddings, soft_cap, with_gradient: bool, shortcuts: _Shortcuts):
+    """Loss of one chunk and its gradient with respect to the hidden states.
+
+    The target is kept apart from the other entries: with `others` the sum of exp(logit - maximum) over them,
+    the loss is log(1 + others / exp(target - maximum)) and 1 - p(target) is others / all. Both are exact
+    however sure the model is, where logsumexp - target and p - 1 would cancel.
+
+    Returns:
+        `(loss, d_hidden, log_normalizer)`: weights · negative log-likelihood, summed; (C, D) float32 or None; (C,).
+    """
+    at_target = _rows_of(embeddings, chunk.targets)  # (C, D)
+    seen = _over_vocabulary(chunk, embeddings, at_target, soft_cap, with_gradient, shortcuts)
+    losses, everything = _token_losses(seen)
     loss = jnp.sum(losses * chunk.weights)
-    log_normalizer = jnp.log(everything) + maximum
+    log_normalizer = jnp.log(everything) + seen.maximum
     if not with_gradient:
         return loss, None, log_normalizer
-    miss = others / everything  # 1 - p(target)
-    if target_slope is not None:
-        miss = miss * target_slope
-    d_hidden = mean / everything[:, None] - miss[:, None] * at_target
+    miss = seen.others / everything  # 1 - p(target)
+    if seen.target_slope is not None:
+        miss = miss * seen.target_slope
+    d_hidden = seen.mean / everything[:, None] - miss[:, None] * at_target
     return loss, d_hidden * chunk.weights[:, None], log_normalizer
 
 
@@ -317,3 +342,56 @@ def chunked_cross_entropy(
         return total / normalizer
     weight = jnp.sum(weights)
     return jnp.where(weight > 0, total / jnp.where(weight > 0, weight, 1.0), 0.0)
+
+
+def token_scores(
+    hidden: jax.Array,
+    embeddings: jax.Array | Int8Rows | Bfloat16Rows,
+    targets: jax.Array,
+    chunk_size: int = 256,
+    soft_cap: float | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Each token's loss, and whether its target is the likeliest entry of the vocabulary; no logits are kept.
+
+    Args:
+        hidden: (N, D), the backbone's output, any float dtype.
+        embeddings, soft_cap: As in `chunked_cross_entropy`.
+        targets: (N,) integers in [0, V).
+        chunk_size: Integer, tokens that meet the vocabulary together.
+
+    Returns:
+        `(losses, likeliest)`: (N,) float32, -ln softmax(hidden @ embeddings.T)[target]; (N,) bool, True where no other
+        entry's logit is larger.
+
+    Raises:
+        ValueError: If shapes disagree or `chunk_size` is below 1.
+
+    Example:
+
+    >>> losses, likeliest = token_scores(3 * jnp.eye(3, 4), jnp.eye(4), jnp.array([0, 1, 3]))
+    >>> likeliest.tolist()
+    [True, True, False]
+    """
+    hidden, embeddings, targets = jax.tree.map(jnp.asarray, (hidden, embeddings, targets))
+    if chunk_size < 1:
+        raise ValueError(f"`chunk_size` must be at least 1. Received: chunk_size={chunk_size!r}")
+    if hidden.ndim != 2 or hidden.shape[:1] != targets.shape or hidden.shape[1] != embeddings.shape[-1]:
+        raise ValueError(
+            "`hidden` must be (N, D), `targets` (N,) and `embeddings` (V, D). Received: "
+            f"{hidden.shape}, {targets.shape}, {embeddings.shape}"
+        )
+    count = hidden.shape[0]
+    chunks = max(1, -(-count // chunk_size))
+    size = max(1, -(-count // chunks))  # equal ones, with little room to spare
+    fill = chunks * size - count
+    hidden, embeddings = _factors(hidden, embeddings, _Shortcuts())
+    parts = jnp.pad(hidden, ((0, fill), (0, 0))).reshape(chunks, size, -1), jnp.pad(targets, (0, fill))
+
+    def one_chunk(part):
+        chunk = _Chunk(*part, jnp.ones(size, jnp.float32))
+        at_target = _rows_of(embeddings, chunk.targets)
+        seen = _over_vocabulary(chunk, embeddings, at_target, soft_cap, False, _Shortcuts())
+        return _token_losses(seen)[0], seen.maximum <= seen.target
+
+    losses, likeliest = jax.lax.map(one_chunk, (parts[0], parts[1].reshape(chunks, size)))
+    return losses.reshape(-1)[:count], likeliest.reshape(-1)[:count]

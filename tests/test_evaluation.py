@@ -111,3 +111,17 @@ def test_the_loss_is_the_mean_over_answer_tokens_of_examples_alone(model, tokeni
         first = len(ids) - len(example.response)
         losses += [-np.log(probabilities[t - 1, ids[t]]) for t in range(first, len(ids))]
     assert teacher_forced(model, examples, PLAIN).loss == pytest.approx(np.mean(losses), abs=2e-4)
+
+
+@pytest.mark.parametrize("rows", [2, 3, 4])
+def test_rows_scored_together_score_as_alone(model, monkeypatch, rows):
+    prompts = ["abc", "12 May", "x", "hello", "zz"]
+    answers = gl.generate(model, prompts, PLAIN, max_new_tokens=6)
+    given = [answer if n % 2 else "bc" + "d" * n for n, answer in enumerate(answers)]
+    examples = [Example(prompt, answer) for prompt, answer in zip(prompts, given, strict=True)]
+    scores = {}
+    for number in (1, rows):
+        monkeypatch.setattr(evaluation, "_ROWS", number)
+        scores[number] = teacher_forced(model, examples, PLAIN, row_length=14)  # hardly two in a row
+    assert scores[rows].exact_match == scores[1].exact_match == 2 / 5
+    assert scores[rows].count == 5 and scores[rows].loss == pytest.approx(scores[1].loss, abs=1e-5)

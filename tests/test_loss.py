@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from gemma_lora import loss
-from gemma_lora.loss import chunked_cross_entropy
-from gemma_lora.packed import Bfloat16Rows
+from gemma_lora.loss import chunked_cross_entropy, token_scores
+from gemma_lora.packed import Bfloat16Rows, Int8Rows
 
 
 def problem(seed=0, dtype="float32", masked_rows=()):
@@ -151,3 +151,40 @@ def test_blocks_with_a_share_are_never_left_out(monkeypatch, shortcut):
     everything, default = gradient(0.0, weights), gradient(default, weights)
     np.testing.assert_allclose(default, everything, atol=1e-5 * np.abs(everything).max())
     assert not np.array_equal(default, everything)
+
+
+@pytest.mark.parametrize("count, chunk_size", [(51, 7), (51, 51), (51, 256), (1, 4), (6, 3)])
+@pytest.mark.parametrize("soft_cap", [None, 5.0])
+@pytest.mark.parametrize("block", [16, 50, 1024])
+def test_token_scores_are_those_of_the_logits_written_out(monkeypatch, count, chunk_size, soft_cap, block):
+    monkeypatch.setattr(loss, "_BLOCK", block)
+    hidden, embeddings, targets, _ = problem(4)
+    hidden, targets = hidden.reshape(-1, 8)[:count], targets.reshape(-1)[:count]
+    logits = np.asarray(hidden, "float64") @ np.asarray(embeddings, "float64").T
+    targets = targets.at[::3].set(logits.argmax(axis=1)[::3])  # some that are the likeliest
+    if soft_cap:
+        logits = soft_cap * np.tanh(logits / soft_cap)
+    losses, likeliest = token_scores(hidden, embeddings, targets, chunk_size, soft_cap)
+    expected = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(count), targets]
+    np.testing.assert_allclose(losses, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(likeliest, logits.argmax(axis=1) == np.asarray(targets))
+    assert likeliest[::3].all() and (count == 1 or not likeliest.all())
+
+
+def test_token_scores_of_packed_embeddings_are_those_of_the_decoded_ones():
+    hidden, embeddings, targets, _ = problem(5)
+    hidden, targets = hidden.reshape(-1, 8), targets.reshape(-1)
+    packed = Int8Rows.of(embeddings)
+    for ours, theirs in zip(
+        token_scores(hidden, packed, targets), token_scores(hidden, packed.decode(), targets), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+
+
+def test_token_scores_name_what_does_not_fit():
+    hidden, embeddings, targets, _ = problem()
+    for wrong in ((hidden, embeddings, targets), (hidden[0], embeddings[:, :7], targets[0])):
+        with pytest.raises(ValueError, match="`hidden` must be"):
+            token_scores(*wrong)
+    with pytest.raises(ValueError, match="`chunk_size` must be at least 1"):
+        token_scores(hidden[0], embeddings, targets[0], chunk_size=0)
