@@ -69,6 +69,9 @@ def block_losses(model, text: str, window: int = WINDOW, block: int = BLOCK) -> 
     import keras
     import numpy as np
 
+    from gemma_lora.loss import token_scores
+    from gemma_lora.qlora import head_table
+
     tokenizer = model.preprocessor.tokenizer
     ids = np.asarray(tokenizer.tokenize(text), np.int32)
     start = tokenizer.token_to_id("<bos>")
@@ -80,8 +83,8 @@ def block_losses(model, text: str, window: int = WINDOW, block: int = BLOCK) -> 
             hidden = model.backbone(
                 {"token_ids": token_ids[None], "padding_mask": keras.ops.ones_like(token_ids)[None]}
             )
-            logits = model.backbone.token_embedding(hidden[0], reverse=True)  # (window, vocabulary)
-        return jax.nn.logsumexp(logits, axis=1) - jax.numpy.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
+            embedding = model.backbone.token_embedding
+            return token_scores(hidden[0], head_table(embedding), targets, soft_cap=embedding.logit_soft_cap)[0]
 
     values = [variable.value for variable in variables]
     means, counts = [], []

@@ -9,8 +9,8 @@ Every method sees the same lines in the same order, in packed rows of 384 tokens
   mixed/lora_all/<seed>  a final run again, in mixed precision
 
 Float32 on an accelerator. On a CPU that multiplies bfloat16 quickly, long runs are in mixed precision and with the
-gradient filter, as in `gemma-lora finetune`, except where the kernels themselves are trained or
-Keras's own layers compute; a run says which in `mixed_precision`, and `mixed/lora_all` what it changes.
+gradient filter, as in `gemma-lora finetune`, except where the kernels themselves are trained or Keras's own layers
+compute; a run says which in `mixed_precision`, and `mixed/lora_all` what it changes.
 
 Scored are the loss of the answers' tokens, teacher-forced exact match (the share of answers of which every token is the
 most probable one after the right tokens before it: what greedy generation would write to the letter), and the

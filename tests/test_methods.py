@@ -126,7 +126,7 @@ def test_rates_come_before_what_they_are_chosen_for(methods):
             assert rates == set(methods.METHODS[method]["rates"])
 
 
-def test_long_runs_are_mixed_where_that_is_fast_and_says_the_same(methods, monkeypatch):
+def test_long_runs_are_mixed_on_cpus_where_that_is_fast(methods, monkeypatch):
     from gemma_lora import hardware
 
     for fast in (True, False):

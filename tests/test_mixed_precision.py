@@ -76,7 +76,11 @@ def test_outside_training_nothing_is_rounded(gemma):
 
 def test_attention_rounds_while_training_only(gemma, monkeypatch):
     formed = []
-    product = lambda a, b: formed.append(a.shape) or batched_product(a, b)  # noqa: E731
+
+    def product(a, b):
+        formed.append(a.shape)
+        return batched_product(a, b)
+
     monkeypatch.setattr("gemma_lora.training.batched_product", product)
     lora.apply_lora(gemma, rank=2)
     x = {"token_ids": np.full((2, 12), 7), "padding_mask": np.ones((2, 12), "int32")}
