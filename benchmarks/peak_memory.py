@@ -3,7 +3,7 @@
 One process a setting, two steps each on rows full of tokens that all carry loss. Peaks do not depend on what else the
 machine does, so this may run beside other work.
 
-    python benchmarks/peak_memory.py                         # all settings: about 10 minutes on two cores
+    python benchmarks/peak_memory.py                         # all settings: about 15 minutes on two cores
     python benchmarks/peak_memory.py --settings lora remat   # some of them; the others stay in the JSON
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 os.environ.setdefault("KERAS_BACKEND", "jax")
 ROOT = Path(__file__).resolve().parent.parent
 QV = ["query", "value"]
-#: Arguments of `memory.plan`, which `FineTuner` and `apply_lora` take in the same words.
+#: Arguments of `memory.plan`, which `load_gemma`, `apply_lora` and `FineTuner` take in the same words.
 SETTINGS: dict[str, dict] = {
     "lora": {"rank": 8, "targets": QV, "rows": 4, "row_length": 256},
     "remat": {"rank": 8, "targets": QV, "rows": 4, "row_length": 256, "remat": True},
@@ -28,6 +28,10 @@ SETTINGS: dict[str, dict] = {
     "short": {"rank": 16, "targets": "all-linear", "rows": 1, "row_length": 64},
     "wide": {"rank": 8, "targets": QV, "rows": 8, "row_length": 256},
     "long": {"rank": 8, "targets": QV, "rows": 1, "row_length": 1024},
+    "nf4": {"method": "qlora", "rank": 8, "targets": QV, "rows": 4, "row_length": 256},
+    "nf4 remat": {"method": "qlora", "rank": 8, "targets": QV, "rows": 4, "row_length": 256, "remat": True},
+    "nf4 finetune": {"method": "qlora", "rank": 16, "targets": "all-linear", "rows": 1, "row_length": 384},
+    "int8": {"method": "qlora", "quantization": "int8", "rank": 8, "targets": QV, "rows": 4, "row_length": 256},
 }
 
 
@@ -36,10 +40,11 @@ def measure(setting: dict) -> dict:
     import numpy as np
 
     import gemma_lora as gl
-    from gemma_lora.hardware import peak_memory_bytes
+    from gemma_lora import hardware
 
     named = dict(setting)
-    model = gl.load_gemma()
+    quantization = named.pop("quantization", "nf4") if named.pop("method", "lora") == "qlora" else None
+    model = gl.load_gemma(quantization=quantization, double_quant=quantization == "nf4")
     gl.apply_lora(model, rank=named.pop("rank"), targets=named.pop("targets"))
     tuner = gl.FineTuner(model, chunk_size=256, **named)
     tuner.compile_for(100)
@@ -48,7 +53,7 @@ def measure(setting: dict) -> dict:
     x = {"token_ids": ids, "padding_mask": np.ones_like(ids)}
     for _ in range(2):
         tuner.train_on_batch(x, np.roll(ids, -1, axis=1), np.ones(shape, "float32"))
-    return {"peak_bytes": peak_memory_bytes()}
+    return {"peak_bytes": hardware.peak_memory_bytes()}
 
 
 def main() -> int:

@@ -9,6 +9,7 @@ from gemma_lora.backend import require_jax
 require_jax()
 
 import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
 import keras  # noqa: E402
 
 
@@ -17,7 +18,8 @@ def recomputed(block: keras.layers.Layer, x, padding_mask, others: Sequence[kera
 
     `jax.checkpoint` asks for the same, but XLA on the CPU (jax 0.10.2) takes away the barriers it sets, finds the same
     products in both passes, and keeps them all. Here the second pass also depends on the gradient that comes in, by a
-    term of zero, so that it can be neither shared with the first nor begun before it is needed.
+    term of zero, so that it can be neither shared with the first nor begun before it is needed. Frozen weights
+    that are no plain matrices get that term too, or what the first pass makes of them would be kept for the second.
 
     Args:
         block: A built Keras layer without dropout (it would differ from pass to pass).
@@ -47,8 +49,13 @@ def recomputed(block: keras.layers.Layer, x, padding_mask, others: Sequence[kera
 
 def _backward(plain, inputs, gradient):
     """Runs the block again and pulls the gradient through it; frozen weights and the mask have none."""
-    trained_values, frozen_values, x, padding_mask = inputs
+    trained_values, frozen, x, padding_mask = inputs
     zero = 0 * gradient[0, 0, 0].astype(x.dtype)  # no constant to XLA: 0 · infinity is not 0
-    _, pull = jax.vjp(lambda values, x: plain(values, frozen_values, x, padding_mask), trained_values, x + zero)
+    # A matrix goes into its product as it is; of the others something is made: codes are decoded, kernels with three
+    # axes copied into the product's layout, norms' scales repeated for every token.
+    made_anew = [
+        v if jnp.issubdtype(v.dtype, jnp.floating) and v.ndim == 2 else v + zero.astype(v.dtype) for v in frozen
+    ]
+    _, pull = jax.vjp(lambda values, x: plain(values, made_anew, x, padding_mask), trained_values, x + zero)
     d_trained, d_x = pull(gradient)
     return d_trained, None, d_x, None
