@@ -3,7 +3,7 @@
 One process a setting, two steps each on rows full of tokens that all carry loss. Peaks do not depend on what else the
 machine does, so this may run beside other work.
 
-    python benchmarks/peak_memory.py                         # all settings: about 15 minutes on two cores
+    python benchmarks/peak_memory.py                         # all settings: about 12 minutes on two cores
     python benchmarks/peak_memory.py --settings lora remat   # some of them; the others stay in the JSON
 """
 

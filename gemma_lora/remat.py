@@ -18,8 +18,8 @@ def recomputed(block: keras.layers.Layer, x, padding_mask, others: Sequence[kera
 
     `jax.checkpoint` asks for the same, but XLA on the CPU (jax 0.10.2) takes away the barriers it sets, finds the same
     products in both passes, and keeps them all. Here the second pass also depends on the gradient that comes in, by a
-    term of zero, so that it can be neither shared with the first nor begun before it is needed. Frozen weights
-    that are no plain matrices get that term too, or what the first pass makes of them would be kept for the second.
+    term of zero, so that it can be neither shared with the first nor begun before it is needed. Frozen weights that
+    are no plain matrices get that term too, or what the first pass makes of them would be kept for the second.
 
     Args:
         block: A built Keras layer without dropout (it would differ from pass to pass).
