@@ -61,8 +61,8 @@ def finetune(
     mixed_precision: Annotated[
         bool | None,
         typer.Option(
-            help="Multiply frozen kernels in bfloat16 while training, with sums in float32. By default where the "
-            "machine is faster at it."
+            help="Multiply frozen kernels in bfloat16, with sums in float32, while training and in the report. "
+            "By default where the machine is faster at it."
         ),
     ] = None,
     filter_gradient: Annotated[
@@ -148,10 +148,15 @@ def evaluate(
     skip_bad_lines: Annotated[
         bool, typer.Option("--skip-bad-lines", help="Count bad lines instead of stopping.")
     ] = False,
+    mixed_precision: Annotated[
+        bool | None,
+        typer.Option(help="Multiply kernels in bfloat16, with sums in float32. By default where finetune does."),
+    ] = None,
 ) -> None:
     """Score an adapter (or the base model) on any file."""
     from gemma_lora.evaluation import evaluate as score
     from gemma_lora.formats import BadLines, read_jsonl
+    from gemma_lora.hardware import has_fast_bfloat16
     from gemma_lora.job import progress_bar
 
     if output is not None:
@@ -164,8 +169,10 @@ def evaluate(
     if not examples:
         raise GemmaLoraError(f"{data}: holds no usable example. Give one JSON object a line.")
     loaded = _load(model, adapter, quantization, double_quant)
+    rounds = has_fast_bfloat16() if mixed_precision is None else mixed_precision
     with progress_bar(Console(stderr=True), str(data), len(examples)) as advance:
-        scores = score(loaded, examples, max_new_tokens=max_new_tokens, on_progress=advance).to_dict()
+        named = {"max_new_tokens": max_new_tokens, "on_progress": advance, "mixed_precision": rounds}
+        scores = score(loaded, examples, **named).to_dict()
     if output is not None:
         write_json_atomic(output, scores)
     typer.echo(f"exact match {100 * scores['exact_match']:.1f} % of {scores['count']}")

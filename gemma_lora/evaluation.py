@@ -101,6 +101,7 @@ def evaluate(
     max_new_tokens: int = 128,
     batch_size: int = 64,
     on_progress: Callable[[int, int], None] | None = None,
+    mixed_precision: bool = False,
 ) -> Scores:
     """Answers every example's prompt greedily and scores the answers.
 
@@ -108,7 +109,7 @@ def evaluate(
         model: A KerasHub Gemma, with an adapter or without.
         examples: Examples whose responses are the references.
         template: The text around a prompt; see `generate`.
-        max_new_tokens, batch_size, on_progress: See `generate`.
+        max_new_tokens, batch_size, on_progress, mixed_precision: See `generate`.
 
     Returns:
         `Scores`.
@@ -116,7 +117,7 @@ def evaluate(
     if not examples:
         raise GemmaLoraError("There are no examples to evaluate on.")
     prompts = [example.prompt for example in examples]
-    answers = generate(model, prompts, template, max_new_tokens, batch_size, on_progress)
+    answers = generate(model, prompts, template, max_new_tokens, batch_size, on_progress, mixed_precision)
     return score(answers, [example.response for example in examples])
 
 

@@ -325,6 +325,11 @@ def _known_rotation(self, known: dict[Any, Any], inputs, start_index=0, position
     return known[kind]
 
 
+def attention_scale(layer) -> float:
+    """What a KerasHub attention layer multiplies its queries by."""
+    return (layer.head_dim if layer.query_head_dim_normalize else layer.hidden_dim // layer.num_query_heads) ** -0.5
+
+
 def _attention(self, q, k, v, attention_mask, training=False, cache_update_index=0):
     """KerasHub's `_compute_attention` with the query's axes left in their order.
 
@@ -339,10 +344,9 @@ def _attention(self, q, k, v, attention_mask, training=False, cache_update_index
         return type(self)._compute_attention(self, q, k, v, attention_mask, training, cache_update_index)
     if self.use_sliding_window_attention:
         attention_mask = self._mask_sliding_window(attention_mask, cache_update_index=cache_update_index)
-    per_head = self.head_dim if self.query_head_dim_normalize else self.hidden_dim // self.num_query_heads
     batch, length, heads, size = q.shape
     kv_heads, groups, keys = self.num_key_value_heads, heads // self.num_key_value_heads, k.shape[1]
-    q = ops.reshape(q * ops.cast(per_head**-0.5, q.dtype), (batch, length, kv_heads, groups, size))
+    q = ops.reshape(q * ops.cast(attention_scale(self), q.dtype), (batch, length, kv_heads, groups, size))
     q = ops.reshape(ops.transpose(q, (0, 2, 1, 3, 4)), (batch, kv_heads, length * groups, size))
     k, v = ops.transpose(k, (0, 2, 1, 3)), ops.transpose(v, (0, 2, 1, 3))  # (B, kv_heads, S, H)
     rounded = getattr(self, "rounded_product", None) if training and q.dtype == "float32" else None

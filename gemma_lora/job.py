@@ -246,8 +246,8 @@ def _evaluate_all(model, tests, template, settings: Settings, console: Console, 
             [example.prompt for example in examples],
             template,
             max_new_tokens=settings.max_new_tokens or 128,
-            batch_size=32 if template is not None and len(template.prompt) > 200 else 64,
             on_progress=advance,
+            mixed_precision=bool(settings.mixed_precision),
         )
     scores, start = {}, 0
     for name, split in tests.items():

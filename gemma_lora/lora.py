@@ -20,7 +20,7 @@ from gemma_lora import dora as dora_numbers
 from gemma_lora import linear
 from gemma_lora.backend import require_jax
 from gemma_lora.files import GemmaLoraError
-from gemma_lora.mixed_precision import frozen_product
+from gemma_lora.mixed_precision import frozen_product, product
 
 require_jax()
 
@@ -157,7 +157,7 @@ class _LoRALayer(keras.layers.Layer):
     def call(self, inputs, training=None):
         inputs = ops.convert_to_tensor(inputs)  # a NumPy array of float64 becomes what JAX computes in
         if self.whole_kernel is not None and self.base.bias is None:
-            return linear.in_rows(self.base, inputs, lambda x: ops.matmul(x, self.whole_kernel()))
+            return linear.in_rows(self.base, inputs, lambda x: product(x, self.whole_kernel()))
         y = self._frozen_output(inputs, training)
         if self.merged:
             return y

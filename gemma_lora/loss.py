@@ -65,14 +65,14 @@ def _block_logits(chunk: _Chunk, embeddings, index, soft_cap):
     vocabulary = embeddings.shape[0]
     size = min(_BLOCK, vocabulary)
     start = jnp.minimum(index * size, vocabulary - size)  # the last block reaches back into the one before
-    block = _rows(embeddings, start, size, chunk.hidden.dtype)
+    block = table_rows(embeddings, start, size, chunk.hidden.dtype)
     logits, slope = _capped(_dot(chunk.hidden, block, ((1,), (1,))), soft_cap)
     columns = start + jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
     counted = (columns != chunk.targets[:, None]) & (columns >= index * size)
     return jnp.where(counted, logits, -jnp.inf), slope, block, start
 
 
-def _rows(table, start, size: int, dtype):
+def table_rows(table, start, size: int, dtype):
     """Rows start … start + size of the table: as they are, or decoded to `dtype` where they are packed."""
     if isinstance(table, _PACKED):
         return table.slice(start, size).decode(dtype)

@@ -59,6 +59,11 @@ def _backward(kernel, gradient):
 frozen_product.defvjp(_forward, _backward)
 
 
+def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`x @ kernel`; where only `kernel` is in bfloat16, `frozen_product`."""
+    return frozen_product(x, kernel) if kernel.dtype == jnp.bfloat16 != x.dtype else x @ kernel
+
+
 def _each(a: jax.Array, b: jax.Array, axes: tuple[tuple[int], tuple[int]]) -> jax.Array:
     """Rounded products of the matrices in two arrays, (…, M, K) and (…, K, N) or one of them transposed.
 

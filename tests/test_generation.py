@@ -1,21 +1,32 @@
 """Batched generation with a cache equals the naive loop that recomputes everything."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from gemma_lora import generation, lora
+from gemma_lora.packed import Bfloat16Rows, Int8Rows
+from gemma_lora.training import FineTuner
+from tests.conftest import tiny_gemma
 
 PROMPTS = [np.array([5, 9, 11], "int32"), np.array([40, 41, 42, 43, 44], "int32")]
 
 
-def naive(model, prompt, stop_ids, max_new_tokens, length=96):
+def blocks(model):
+    return model.backbone.transformer_layers
+
+
+def naive(model, prompt, stop_ids, max_new_tokens, length=96, logits=None):
     """Everything anew for each token. Padding behind the text, which no token sees, keeps one shape for all."""
+
+    def plain(x, last):
+        return np.asarray(model.backbone.token_embedding.embeddings) @ np.asarray(model.backbone(x))[0, last]
+
     ids = list(prompt)
     for _ in range(max_new_tokens):
         padding_mask = (np.arange(length) < len(ids)).astype("int32")
         x = {"token_ids": np.pad(ids, (0, length - len(ids)))[None], "padding_mask": padding_mask[None]}
-        hidden = np.asarray(model.backbone(x))[0, len(ids) - 1]
-        token = int((np.asarray(model.backbone.token_embedding.embeddings) @ hidden).argmax())
+        token = int((logits or plain)(x, len(ids) - 1).argmax())
         if token in stop_ids:
             break
         ids.append(token)
@@ -27,9 +38,82 @@ def test_equals_the_naive_loop(any_gemma, shared):
     rng = np.random.default_rng(1)
     beginning = rng.integers(5, 300, shared)
     prompts = [np.concatenate([beginning, rng.integers(5, 300, n)]).astype("int32") for n in (3, 30, 5, 19, 4, 3)]
-    answers = generation.generate_tokens(any_gemma, prompts, [1, 7], max_new_tokens=9, batch_size=4)
+    answers = generation.generate_tokens(any_gemma, prompts, [1, 7], max_new_tokens=20, batch_size=4)
+    assert max(map(len, answers)) == 20  # more than the program makes at a time
     for prompt, answer in zip(prompts, answers, strict=True):
-        assert answer.tolist() == naive(any_gemma, prompt, [1, 7], 9)
+        assert answer.tolist() == naive(any_gemma, prompt, [1, 7], 20)
+
+
+def test_layers_without_a_window_have_rotations_of_their_own():
+    model = tiny_gemma(3, layers=6)  # Gemma 3's sixth is the first of them
+    kinds = {(b.attention.rope_layer.max_wavelength, b.use_sliding_window_attention) for b in blocks(model)}
+    assert len(kinds) == 2
+    prompts = [np.random.default_rng(n).integers(5, 300, n).astype("int32") for n in (20, 9)]
+    for prompt, answer in zip(prompts, generation.generate_tokens(model, prompts, [1], 9), strict=True):
+        assert answer.tolist() == naive(model, prompt, [1], 9)
+
+
+def test_mixed_precision_makes_the_tokens_of_the_rounded_model(any_gemma):
+    """`FineTuner` rounds the same kernels while training; there everything is computed anew for each token."""
+    any_gemma.backbone.trainable = False
+    any_gemma.backbone.layer_norm.trainable = True  # `FineTuner` wants something to train
+    tuner = FineTuner(any_gemma, mixed_precision=True)
+    for block in blocks(any_gemma):
+        block.attention.rounded_product = None
+    table = np.asarray(tuner.rounded_embeddings.value).view(jnp.bfloat16).astype("float32")
+
+    def logits(x, last):
+        hidden = np.asarray(tuner(x, training=True))[0, last]
+        return table @ np.asarray(jnp.asarray(hidden, jnp.bfloat16), "float32")
+
+    prompts = [np.random.default_rng(n).integers(5, 300, n).astype("int32") for n in (20, 9, 5)]
+    answers = generation.generate_tokens(any_gemma, prompts, [1], 9, mixed_precision=True)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert answer.tolist() == naive(any_gemma, prompt, [1], 9, logits=logits)
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_mixed_precision_rounds_every_product_with_frozen_weights(gemma, adapter):
+    if adapter:
+        lora.apply_lora(gemma, rank=2, targets=("query", "value"))
+
+    def rounded(mixed_precision):
+        engine = generation._Engine(gemma, 16, mixed_precision)
+        arguments = (np.zeros(2, "int32"), np.ones(2, "int32"), 0, np.zeros(2, bool))
+        arguments += (engine._empty(2, 32), engine._empty(1, 0), np.array([1]), 16)
+        program = engine.decode.lower(engine.values, *arguments).as_text()
+        return sum("dot_general" in line and "xbf16>" in line for line in program.splitlines())
+
+    assert (rounded(False), rounded(True)) == (0, 7 * len(blocks(gemma)) + 1)  # and the head
+
+
+def test_the_likeliest_token_is_the_first_of_the_largest_logits():
+    rng = np.random.default_rng(0)
+    table, hidden = rng.normal(size=(9001, 8)).astype("float32"), rng.normal(size=(5, 8)).astype("float32")
+    best = (table @ hidden.T).argmax(axis=0)
+    table[(best[0] + 5000) % 9001] = table[best[0]]  # a tie across blocks
+    table[9000] = table[best[1]] = 9 * hidden[1]  # and one with the last row, which two blocks hold
+    rounded = Bfloat16Rows.of(table)
+    exact = np.asarray(rounded.decode()) @ np.asarray(jnp.asarray(hidden, jnp.bfloat16), "float32").T
+    assert np.asarray(generation._likeliest(rounded, jnp.asarray(hidden))).tolist() == exact.argmax(axis=0).tolist()
+    plain = generation._likeliest(jnp.asarray(table), jnp.asarray(hidden))
+    assert np.asarray(plain).tolist() == (table @ hidden.T).argmax(axis=0).tolist()
+    packed = Int8Rows.of(table)
+    found = generation._likeliest(packed, jnp.asarray(hidden))
+    assert np.asarray(found).tolist() == (np.asarray(packed.decode()) @ hidden.T).argmax(axis=0).tolist()
+
+
+def test_the_model_is_as_it_was(gemma, monkeypatch):
+    def state():
+        return [{k: v for k, v in vars(layer).items() if callable(v)} for layer in gemma.backbone._flatten_layers()]
+
+    before = state()
+    generation.generate_tokens(gemma, PROMPTS, [1], 3, mixed_precision=True)
+    assert state() == before
+    monkeypatch.setattr(generation, "_attention", None)
+    with pytest.raises(TypeError):
+        generation.generate_tokens(gemma, PROMPTS, [1], 3, mixed_precision=True)
+    assert state() == before
 
 
 def test_an_adapter_counts_as_in_the_naive_loop(gemma):
