@@ -171,8 +171,9 @@ def evaluate(
     loaded = _load(model, adapter, quantization, double_quant)
     rounds = has_fast_bfloat16() if mixed_precision is None else mixed_precision
     with progress_bar(Console(stderr=True), str(data), len(examples)) as advance:
-        named = {"max_new_tokens": max_new_tokens, "on_progress": advance, "mixed_precision": rounds}
-        scores = score(loaded, examples, **named).to_dict()
+        scores = score(
+            loaded, examples, max_new_tokens=max_new_tokens, on_progress=advance, mixed_precision=rounds
+        ).to_dict()
     if output is not None:
         write_json_atomic(output, scores)
     typer.echo(f"exact match {100 * scores['exact_match']:.1f} % of {scores['count']}")

@@ -8,6 +8,7 @@ import types
 import pytest
 
 from gemma_lora import cli, job, lora
+from gemma_lora.evaluation import Scores
 from gemma_lora.files import GemmaLoraError
 from gemma_lora.peft import save_adapter
 from gemma_lora.templates import Template
@@ -229,12 +230,30 @@ def test_evaluate_writes_the_share_of_right_answers(command, small, adapter, tmp
     path = jsonl(tmp_path / "data.jsonl", *rows, "not json")
     scores = tmp_path / "new" / "scores.json"
     arguments = ("evaluate", "--adapter", adapter, "--data", path, "--output", scores, "--max-new-tokens", 6)
-    status, out, err = command(*arguments, "--skip-bad-lines")
+    status, out, err = command(*arguments, "--skip-bad-lines", "--no-mixed-precision")
     assert status == 0, err
     written = json.loads(scores.read_text())
     assert (written["exact_match"], written["count"]) == (0.75, 4)
     assert "exact match 75.0 % of 4" in out
     assert f"skipped: 1 in {path}" in err  # left out, but not in silence
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize(
+    ("option", "asked"), [("", None), ("--mixed-precision", True), ("--no-mixed-precision", False)]
+)
+def test_evaluate_rounds_where_that_is_faster_or_as_asked(command, small, monkeypatch, tmp_path, option, asked, fast):
+    seen = []
+
+    def evaluate(model, examples, mixed_precision, **named):
+        seen.append(mixed_precision)
+        return Scores(exact_match=1.0, fields={}, valid_json=1.0, count=len(examples), answers=["two"])
+
+    monkeypatch.setattr("gemma_lora.evaluation.evaluate", evaluate)
+    monkeypatch.setattr("gemma_lora.hardware.has_fast_bfloat16", lambda: fast)
+    path = jsonl(tmp_path / "data.jsonl", {"prompt": "one", "response": "two"})
+    status, _, err = command("evaluate", "--data", path, *option.split())
+    assert (status, seen) == (0, [fast if asked is None else asked]), err
 
 
 def test_finetune_passes_every_option_on(command, monkeypatch, tmp_path):
