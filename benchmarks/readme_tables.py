@@ -32,6 +32,13 @@ PEERS = {
     "peft_fp32": "Hugging Face PEFT, float32",
     "peft_bf16": "Hugging Face PEFT, bfloat16",
 }
+GENERATION = {
+    "ours": "this project, float32",
+    "ours_mixed": "this project, mixed precision",
+    "keras_hub": "KerasHub's `generate`, float32",
+    "transformers_fp32": "Hugging Face transformers, float32",
+    "transformers_bf16": "Hugging Face transformers, bfloat16",
+}
 BASES = {
     "lora": "LoRA, float32",
     "lora_remat": "LoRA, float32, remat",
@@ -95,6 +102,17 @@ def qlora_step(record: dict[str, Any]) -> str:
     return table(["frozen weights", "s a step", "times LoRA's", "peak memory"], rows)
 
 
+def generation_speed(record: dict[str, Any]) -> str:
+    rows = []
+    for peer, name in GENERATION.items():
+        if (run := record["results"].get(peer)) is not None:
+            row = [name, f"{run['median_seconds']:.0f}", f"{run['new_tokens_per_second']:.0f}"]
+            rows.append([*row, _gigabytes(run["peak_bytes"]), str(run["answers_as_ours"])])
+    lines = record["settings"]["lines"]
+    head = ["", f"s for {lines} answers", "new tokens a second", "peak memory", "answers as in the first row"]
+    return table(head, rows)
+
+
 def methods(record: dict[str, Any]) -> str:
     runs = record["runs"]
     rows = []
@@ -150,6 +168,7 @@ def _spread(values: list[float]) -> str:
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "lora_step": lora_step,
     "qlora_step": qlora_step,
+    "generation_speed": generation_speed,
     "methods": methods,
 }
 
