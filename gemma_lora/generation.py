@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -103,8 +104,10 @@ def generate_tokens(
         return []
     prefix = _shared_prefix(prompts) if len(prompts) > 1 else 0
     longest = max(len(p) for p in prompts) - prefix
-    engine = _Engine(model, -(-longest // _PIECE) * _PIECE, mixed_precision)  # one length for all batches: one program
-    shared = engine.shared_keys(prompts[0][:prefix])
+    room = -(-longest // _PIECE) * _PIECE  # one for all batches: one program
+    engine = _engine_of(model, mixed_precision)
+    values = engine.values()
+    shared = engine.shared_keys(values, prompts[0][:prefix])
     order = np.argsort([len(p) for p in prompts], kind="stable")
     batch_size = min(batch_size, len(prompts))
     answers = [np.zeros(0, np.int32)] * len(prompts)
@@ -112,7 +115,7 @@ def generate_tokens(
         chosen = order[start : start + batch_size]
         # A last, smaller batch repeats its first prompt: one compiled shape serves all.
         filled = np.concatenate([chosen, np.repeat(chosen[:1], batch_size - len(chosen))])
-        rows = engine.answer([prompts[i] for i in filled], shared, stop_ids, max_new_tokens)
+        rows = engine.answer(values, [prompts[i] for i in filled], room, shared, stop_ids, max_new_tokens)
         for index, row in zip(chosen, rows, strict=False):
             answers[index] = row
         if on_progress is not None:
@@ -152,27 +155,54 @@ class _Values(NamedTuple):
 _Hook = tuple[Any, str, Callable[..., Any]]  # a layer, a method's name, what takes its place
 
 
-class _Engine:
-    """The compiled functions of one model; weights are arguments, not constants of the program."""
+def _engine_of(model: keras.Model, mixed_precision: bool) -> _Engine:
+    """The model's engine, from its last call where nothing has changed since that its programs depend on."""
+    engine = model.__dict__.get("_generation_engine")
+    if engine is None or not engine.fits(model, mixed_precision):
+        engine = model.__dict__["_generation_engine"] = _Engine(model, mixed_precision)
+    return engine
 
-    def __init__(self, model: keras.Model, length: int, mixed_precision: bool = False):
+
+class _Engine:
+    """The compiled functions of one model; weights are arguments, not constants of the programs."""
+
+    def __init__(self, model: keras.Model, mixed_precision: bool = False):
         self.backbone = model.backbone
-        self.length = length  # room for prompts, behind their shared beginning
-        self.rounded = rounded = mixed_precision and self.backbone.token_embedding.compute_dtype == "float32"
-        self.variables = list(self.backbone.variables)
-        # With its update added, a layer costs one product a token instead of three. Packed weights stay packed.
-        self.adapted = [layer for layer in lora_layers(self.backbone) if not layer.is_packed]
-        whole = [self._kept(layer.whole_matrix()) for layer in self.adapted]
-        # Beside packed weights DoRA's scale is computed once, not for every token.
-        self.scaled = [layer for layer in lora_layers(self.backbone) if layer.is_packed and layer.dora]
-        scales = [layer.column_scale() for layer in self.scaled]
-        # In float32 the other layers are as they are.
-        self.plain = [layer for _, _, layer in plain_layers(self.backbone) if layer.bias is None] if rounded else []
-        kernels = [self._kept(kernel_matrix(layer)) for layer in self.plain]
-        table = self._kept(head_table(self.backbone.token_embedding)) if rounded else None
-        self.values = _Values([v.value for v in self.variables], whole, kernels, scales, table)
+        # Weakly: a layer that another takes the place of, as in `quantize_base`, is not kept in memory by this.
+        self.parts = [weakref.ref(part) for part in _parts(self.backbone)]
+        self.mixed_precision, self.constants = mixed_precision, _constants(self.backbone)
+        self.rounded = mixed_precision and self.backbone.token_embedding.compute_dtype == "float32"
         self.prefill = jax.jit(self._prefill, donate_argnums=(2,))
-        self.decode = jax.jit(self._decode, donate_argnums=(5,))
+        self.decode = jax.jit(self._decode, donate_argnums=(5,), static_argnames=("length",))
+
+    def fits(self, model: keras.Model, mixed_precision: bool) -> bool:
+        """Whether the programs are right for this model as it is now."""
+        parts = _parts(model.backbone)
+        same = len(parts) == len(self.parts) and all(now is then() for now, then in zip(parts, self.parts, strict=True))
+        return same and mixed_precision == self.mixed_precision and _constants(model.backbone) == self.constants
+
+    @property
+    def adapted(self) -> list:
+        """Layers with an update that is added to their kernel here. Packed weights stay packed."""
+        return [layer for layer in lora_layers(self.backbone) if not layer.is_packed]
+
+    @property
+    def scaled(self) -> list:
+        """Packed layers with DoRA's scale, which is computed once, not for every token."""
+        return [layer for layer in lora_layers(self.backbone) if layer.is_packed and layer.dora]
+
+    @property
+    def plain(self) -> list:
+        """The other layers that are rounded."""
+        return [layer for _, _, layer in plain_layers(self.backbone) if layer.bias is None] if self.rounded else []
+
+    def values(self) -> _Values:
+        """What the programs compute with, as it is now."""
+        whole = [self._kept(layer.whole_matrix()) for layer in self.adapted]  # one product a token instead of three
+        kernels = [self._kept(kernel_matrix(layer)) for layer in self.plain]
+        scales = [layer.column_scale() for layer in self.scaled]
+        table = self._kept(head_table(self.backbone.token_embedding)) if self.rounded else None
+        return _Values([v.value for v in self.backbone.variables], whole, kernels, scales, table)
 
     def _kept(self, matrix):
         """A matrix as the programs take it: as it is, or in bfloat16 where they round."""
@@ -202,22 +232,21 @@ class _Engine:
     @contextlib.contextmanager
     def _scope(self, values):
         """While a program is traced: weights, LoRA's kernels with their updates and DoRA's scales are `values`."""
-        for layer, matrix in zip(self.adapted, values.whole, strict=True):
+        adapted, scaled = self.adapted, self.scaled
+        for layer, matrix in zip(adapted, values.whole, strict=True):
             layer.whole_kernel = lambda matrix=matrix: _unpacked(matrix)
-        for layer, scale in zip(self.scaled, values.scales, strict=True):
+        for layer, scale in zip(scaled, values.scales, strict=True):
             layer.fixed_scale = lambda scale=scale: scale
-        hooks = [
-            (layer, "call", partial(_rounded_call, layer, kernel))
-            for layer, kernel in zip(self.plain, values.kernels, strict=True)
-        ]
-        state = list(zip(self.variables, values.variables, strict=True))
+        rounded = zip(self.plain, values.kernels, strict=True)
+        hooks = [(layer, "call", partial(_rounded_call, layer, kernel)) for layer, kernel in rounded]
+        state = list(zip(self.backbone.variables, values.variables, strict=True))
         try:
             with keras.StatelessScope(state_mapping=state), _hooked(hooks):
                 yield
         finally:
-            for layer in self.adapted:
+            for layer in adapted:
                 layer.whole_kernel = None
-            for layer in self.scaled:
+            for layer in scaled:
                 layer.fixed_scale = None
 
     def _prefill(self, values, token_ids, own, shared, start):
@@ -242,7 +271,7 @@ class _Engine:
             self._hidden(token_ids, positions, attend)
         return updated
 
-    def _decode(self, values, last, lengths, made, done, own, shared, stop_ids, most):
+    def _decode(self, values, last, lengths, made, done, own, shared, stop_ids, most, length):
         """Lets every row go on for some tokens from `last` (B,): its last prompt token at first, then its newest one.
 
         Args:
@@ -251,14 +280,15 @@ class _Engine:
             done: (B,) booleans, rows that have stopped.
             own: As in `_prefill`, with room behind the prompts; used up.
             most: Scalar, the most tokens to make now, up to `_STEPS`.
+            length: Places in `own` that the prompts have.
 
         Returns:
             `(tokens, done, own)`: (B, _STEPS), filled up with a stop token, and what the next call takes.
         """
         backbone, batch, beginning = self.backbone, len(last), shared[0][0].shape[2]
         before = jnp.arange(beginning)[None]
-        room = own[0][0].shape[2] - self.length
-        old = beginning + jnp.arange(self.length)[None], lengths[:, None] - 1 + jnp.arange(room)
+        room = own[0][0].shape[2] - length
+        old = beginning + jnp.arange(length)[None], lengths[:, None] - 1 + jnp.arange(room)
         # Of the prompt, the last token is the first that is fed here.
         read = old[0] < lengths[:, None] - 1, jnp.broadcast_to(jnp.arange(room) < made, (batch, room))
         places = jnp.concatenate([jnp.broadcast_to(old[0], read[0].shape), old[1]], axis=1)
@@ -293,40 +323,50 @@ class _Engine:
         tokens = jnp.full((batch, _STEPS), stop_ids[0], jnp.int32)
         state = (0, last, tokens, self._empty(batch, _STEPS), done)
         _, _, tokens, new, done = jax.lax.while_loop(running, step, state)
-        start = self.length + made
+        start = length + made
         own = [_written(pair, more, start) for pair, more in zip(own, new, strict=True)]
         return tokens, done, own
 
-    def shared_keys(self, prefix: np.ndarray) -> list:
+    def shared_keys(self, values: _Values, prefix: np.ndarray) -> list:
         """Keys and values of what all prompts begin with, (1, kv_heads, P, H), a pair a layer."""
         own = self._empty(1, len(prefix))
         if not len(prefix):
             return own
-        return self.prefill(self.values, jnp.asarray(prefix)[None], own, self._empty(1, 0), 0)
+        return self.prefill(values, jnp.asarray(prefix)[None], own, self._empty(1, 0), 0)
 
-    def answer(self, prompts, shared, stop_ids, max_new_tokens: int) -> list[np.ndarray]:
-        """New tokens of one batch of prompts."""
+    def answer(self, values: _Values, prompts, length: int, shared, stop_ids, max_new_tokens: int) -> list[np.ndarray]:
+        """New tokens of one batch of prompts, each at most `length` tokens longer than what they share."""
         beginning = shared[0][0].shape[2]
         lengths = np.array([len(p) for p in prompts], np.int32)
-        tokens = np.full((len(prompts), beginning + self.length), stop_ids[0], np.int32)
+        tokens = np.full((len(prompts), beginning + length), stop_ids[0], np.int32)
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)] = prompt
         room = -(-max_new_tokens // _STEPS) * _STEPS
-        own = self._empty(len(prompts), self.length + room)
+        own = self._empty(len(prompts), length + room)
         # What this writes behind a shorter prompt's end is not seen by any token of it.
         for start in range(beginning, int(lengths.max()) - 1, _PIECE):
             piece = jnp.asarray(tokens[:, start : start + _PIECE])
-            own = self.prefill(self.values, piece, own, shared, jnp.asarray(start, jnp.int32))
+            own = self.prefill(values, piece, own, shared, jnp.asarray(start, jnp.int32))
         last, done = tokens[np.arange(len(prompts)), lengths - 1], np.zeros(len(prompts), bool)
         stops, answers = jnp.asarray(stop_ids, jnp.int32), np.full((len(prompts), room), stop_ids[0], np.int32)
         for made in range(0, max_new_tokens, _STEPS):
             most = min(_STEPS, max_new_tokens - made)
-            new, done, own = self.decode(self.values, last, lengths, made, done, own, shared, stops, most)
+            new, done, own = self.decode(values, last, lengths, made, done, own, shared, stops, most, length=length)
             answers[:, made : made + _STEPS] = new
             last = answers[:, made + _STEPS - 1]
             if np.all(done):
                 break
         return [_until_stop(row[:max_new_tokens], stop_ids) for row in answers]
+
+
+def _parts(backbone) -> list:
+    return [*backbone._flatten_layers(), *backbone.variables]
+
+
+def _constants(backbone) -> list:
+    """What programs take from layers as constants and what may change while the layers stay the same."""
+    dtypes = [layer.compute_dtype for layer in backbone._flatten_layers()]
+    return dtypes + [(layer.merged, layer.scaling, layer.dora) for layer in lora_layers(backbone)]
 
 
 @contextlib.contextmanager

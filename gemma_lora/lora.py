@@ -344,6 +344,17 @@ def _replace(parent: keras.layers.Layer, attribute: str, layer: keras.layers.Lay
     parent._layers[:] = [layer if tracked is old else tracked for tracked in others]
 
 
+def forget_replaced(model: keras.layers.Layer) -> None:
+    """Frees the weights of layers that others have taken the place of.
+
+    A compiled model (KerasHub's are) remembers which of its layers were trainable then, and so keeps them in memory.
+    """
+    state = vars(model).get("_compiled_trainable_state") or {}
+    held = {id(layer) for layer in model._flatten_layers()}
+    for layer in [layer for layer in state if id(layer) not in held]:
+        del state[layer]
+
+
 def linear_layers(model: keras.layers.Layer) -> Iterator[tuple[keras.layers.Layer, str, keras.layers.Layer]]:
     """Yields `(parent, attribute, layer)` for each linear layer held as another layer's attribute."""
     for parent in model._flatten_layers():

@@ -218,6 +218,7 @@ def quantize_base(
     table = _tied_embedding(model)
     if embedding and table is not None:
         pack_embedding(table, packed.Int8Rows.of(np.asarray(table.embeddings)))
+    lora.forget_replaced(model)
     return model
 
 
@@ -307,6 +308,7 @@ def dequantize_base(model: keras.Model) -> keras.Model:
     table = _tied_embedding(model)
     if isinstance(table, PackedEmbedding):
         _unpack_embedding(table)
+    lora.forget_replaced(model)
     return model
 
 

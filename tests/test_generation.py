@@ -1,10 +1,13 @@
 """Batched generation with a cache equals the naive loop that recomputes everything."""
 
+import gc
+import weakref
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_lora import generation, lora
+from gemma_lora import generation, lora, qlora
 from gemma_lora.packed import Bfloat16Rows, Int8Rows
 from gemma_lora.training import FineTuner
 from tests.conftest import tiny_gemma
@@ -87,13 +90,63 @@ def test_mixed_precision_rounds_every_product_with_frozen_weights(gemma, adapter
         lora.apply_lora(gemma, rank=2, targets=("query", "value"))
 
     def rounded(mixed_precision):
-        engine = generation._Engine(gemma, 16, mixed_precision)
+        engine = generation._Engine(gemma, mixed_precision)
         arguments = (np.zeros(2, "int32"), np.ones(2, "int32"), 0, np.zeros(2, bool))
         arguments += (engine._empty(2, 32), engine._empty(1, 0), np.array([1]), 16)
-        program = engine.decode.lower(engine.values, *arguments).as_text()
+        program = engine.decode.lower(engine.values(), *arguments, length=16).as_text()
         return sum("dot_general" in line and "xbf16>" in line for line in program.splitlines())
 
     assert (rounded(False), rounded(True)) == (0, 7 * len(blocks(gemma)) + 1)  # and the head
+
+
+def test_a_second_call_compiles_nothing_and_sees_what_has_changed(gemma):
+    def answers(**named):
+        return [a.tolist() for a in generation.generate_tokens(gemma, PROMPTS, [1], 9, **named)]
+
+    def naive_answers():
+        return [naive(gemma, prompt, [1], 9) for prompt in PROMPTS]
+
+    def engine():
+        return gemma.__dict__["_generation_engine"]
+
+    before = answers()
+    first = engine()
+    assert answers() == before
+    assert engine() is first and first.decode._cache_size() == 1
+    kernel = gemma.backbone.transformer_layers[0].gating_ffw._kernel
+    kernel.assign(-kernel)  # other values go through the same programs
+    changed = answers()
+    assert changed == naive_answers() != before and engine() is first
+    lora.apply_lora(gemma, rank=2, targets="all-linear")  # other layers do not
+    assert answers() == changed and engine() is not first
+    second = engine()
+    for number, layer in enumerate(lora.lora_layers(gemma)):
+        layer.lora_b.assign(np.random.default_rng(number).normal(0, 0.5, layer.lora_b.shape))
+    adapted = answers()
+    assert adapted == naive_answers() != changed and engine() is second
+    lora.merge_lora(gemma)
+    assert answers() == adapted
+    lora.detach_lora(gemma)
+    assert answers() == adapted
+    answers(mixed_precision=True)
+    assert engine().rounded
+    assert answers() == adapted and not engine().rounded
+
+
+@pytest.mark.parametrize("generate", [False, True])
+def test_the_kernels_that_packing_replaces_are_not_kept(gemma, generate):
+    if generate:
+        generation.generate_tokens(gemma, PROMPTS, [1], 3)
+    kernels = [weakref.ref(layer._kernel) for _, _, layer in lora.plain_layers(gemma)]
+    packed = qlora.quantize_base(gemma, "int8")
+    if generate:
+        generation.generate_tokens(gemma, PROMPTS, [1], 3)
+    codes = [weakref.ref(layer.parts["codes"]) for layer in qlora.packed_layers(packed)]
+    gc.collect()
+    assert [kernel() for kernel in kernels] == [None] * 14
+    qlora.dequantize_base(gemma)
+    gc.collect()
+    assert [part() for part in codes] == [None] * 14
 
 
 def test_the_likeliest_token_is_the_first_of_the_largest_logits():
@@ -120,6 +173,7 @@ def test_the_model_is_as_it_was(gemma, monkeypatch):
     generation.generate_tokens(gemma, PROMPTS, [1], 3, mixed_precision=True)
     assert state() == before
     monkeypatch.setattr(generation, "_attention", None)
+    del gemma.__dict__["_generation_engine"]  # its programs are compiled
     with pytest.raises(TypeError):
         generation.generate_tokens(gemma, PROMPTS, [1], 3, mixed_precision=True)
     assert state() == before
