@@ -30,7 +30,7 @@ require_jax()
 import keras  # noqa: E402
 
 from gemma_lora.gemma import attention_scale  # noqa: E402
-from gemma_lora.linear import in_rows, kernel_matrix  # noqa: E402
+from gemma_lora.linear import in_rows, is_one_product, kernel_matrix  # noqa: E402
 from gemma_lora.lora import lora_layers, plain_layers  # noqa: E402
 from gemma_lora.loss import table_rows  # noqa: E402
 from gemma_lora.mixed_precision import product  # noqa: E402
@@ -194,7 +194,7 @@ class _Engine:
     @property
     def plain(self) -> list:
         """The other layers that are rounded."""
-        return [layer for _, _, layer in plain_layers(self.backbone) if layer.bias is None] if self.rounded else []
+        return [layer for _, _, layer in plain_layers(self.backbone) if is_one_product(layer)] if self.rounded else []
 
     def values(self) -> _Values:
         """What the programs compute with, as it is now."""

@@ -101,6 +101,12 @@ def as_matrix(layer: keras.layers.Layer, kernel):
     return kernel if isinstance(layer, keras.layers.Dense) else matrix_of(layer.equation, kernel)
 
 
+def is_one_product(layer: keras.layers.Layer) -> bool:
+    """Whether a layer gives a product with its kernel and no more: no bias, none of Keras's own LoRA or quantization."""
+    changed = getattr(layer, "lora_enabled", False) or getattr(layer, "quantization_mode", None)
+    return layer.bias is None and not changed
+
+
 def output_axes(layer: keras.layers.Layer) -> list[int]:
     """Sizes of the axes that `d_out` is made of, in the output's order."""
     if isinstance(layer, keras.layers.Dense):

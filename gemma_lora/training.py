@@ -28,7 +28,7 @@ from gemma_lora import checkpoint  # noqa: E402
 from gemma_lora import data as data_module  # noqa: E402
 from gemma_lora.files import GemmaLoraError, write_json_atomic, write_text_atomic  # noqa: E402
 from gemma_lora.hardware import Program, memory_bytes, use_compilation_cache  # noqa: E402
-from gemma_lora.linear import kernel_matrix  # noqa: E402
+from gemma_lora.linear import is_one_product, kernel_matrix  # noqa: E402
 from gemma_lora.lora import lora_layers, plain_layers  # noqa: E402
 from gemma_lora.loss import chunked_cross_entropy  # noqa: E402
 from gemma_lora.mixed_precision import batched_product, round_layer  # noqa: E402
@@ -271,7 +271,7 @@ class FineTuner(keras.Model):
                 kernel = rounded(layer.base)
                 layer.rounded_kernel = lambda kernel=kernel: kernel.value
         for _, _, layer in plain_layers(self.causal_lm):
-            if layer.bias is None and not layer.trainable_variables:
+            if is_one_product(layer) and not layer.trainable_variables:
                 round_layer(layer, rounded(layer))
         embedding = self.causal_lm.backbone.token_embedding
         if not any(v.trainable for v in embedding.trainable_variables) and not isinstance(embedding, PackedEmbedding):

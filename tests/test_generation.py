@@ -99,6 +99,25 @@ def test_mixed_precision_rounds_every_product_with_frozen_weights(gemma, adapter
     assert (rounded(False), rounded(True)) == (0, 7 * len(blocks(gemma)) + 1)  # and the head
 
 
+@pytest.mark.parametrize("how", ["lora", "int8"])
+def test_mixed_precision_leaves_layers_with_keras_own_changes_alone(how):
+    gemma = tiny_gemma(3)
+    if how == "lora":
+        gemma.backbone.enable_lora(2)
+        for layer in gemma.backbone._flatten_layers():
+            if getattr(layer, "lora_enabled", False) and hasattr(layer, "lora_kernel_b"):
+                layer.lora_kernel_b.assign(np.random.default_rng(0).normal(0, 2, layer.lora_kernel_b.shape))
+        left = {"query", "value"}
+    else:
+        for block in blocks(gemma):
+            block.ffw_linear.quantize("int8")
+        left = {"ffw_linear"}
+    rounded = {layer.name for layer in generation._Engine(gemma, True).plain}
+    assert not rounded & left and "key" in rounded
+    for prompt, answer in zip(PROMPTS, generation.generate_tokens(gemma, PROMPTS, [1], 3), strict=True):
+        assert answer.tolist() == naive(gemma, prompt, [1], 3)
+
+
 def test_a_second_call_compiles_nothing_and_sees_what_has_changed(gemma):
     def answers(**named):
         return [a.tolist() for a in generation.generate_tokens(gemma, PROMPTS, [1], 9, **named)]
