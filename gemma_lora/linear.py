@@ -102,7 +102,7 @@ def as_matrix(layer: keras.layers.Layer, kernel):
 
 
 def is_one_product(layer: keras.layers.Layer) -> bool:
-    """Whether a layer gives a product with its kernel and no more: no bias, none of Keras's own LoRA or quantization."""
+    """Whether a layer is a product with its kernel and no more: no bias, none of Keras's own LoRA or quantization."""
     changed = getattr(layer, "lora_enabled", False) or getattr(layer, "quantization_mode", None)
     return layer.bias is None and not changed
 
