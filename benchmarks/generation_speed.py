@@ -11,8 +11,6 @@ Compared as well: how many answers are, to the letter, those of this project in 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import importlib.metadata
 import os
 import statistics
 import sys
@@ -152,34 +150,20 @@ def main() -> int:
     if chosen.one:
         one_process.report(run_one(chosen.one, chosen.repeats, chosen.lines))
         return 0
-    from gemma_lora.files import write_json_atomic
-    from gemma_lora.hardware import machine
-    from gemma_lora.job import versions
+    settings = {"lines": chosen.lines, "most_new_tokens": NEW_TOKENS, "alike": chosen.peers[0]}
+    first: list = []  # the first peer's answers: ours in float32 unless another is asked for
 
-    found = versions()
-    for name in ("torch", "transformers", "peft"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    settings = {"lines": chosen.lines, "most_new_tokens": NEW_TOKENS}
-    results, first = {}, None
-    for peer in chosen.peers:
-        limits = ["--repeats", str(chosen.repeats), "--lines", str(chosen.lines)]
-        r = one_process.measure(__file__, "--one", peer, *limits)
-        if r is None:
-            return 1
-        answers = r.pop("answers")
-        first = first or answers  # the first peer's, ours in float32 unless another is asked for
-        r[f"answers_as_{chosen.peers[0]}"] = sum(a == b for a, b in zip(answers, first, strict=True))
-        results[peer] = r
-        print(
-            f"{peer:18} {r['median_seconds']:6.1f} s {r['new_tokens_per_second']:7.1f} new tokens/s "
-            f"{r['peak_bytes'] / 1e9:6.2f} GB  {r[f'answers_as_{chosen.peers[0]}']} of {chosen.lines} answers alike",
-            flush=True,
+    def line(peer: str, result: dict) -> str:
+        answers = result.pop("answers")
+        first.extend([] if first else answers)
+        result["answers_alike"] = sum(a == b for a, b in zip(answers, first, strict=True))
+        return (
+            f"{peer:18} {result['median_seconds']:6.1f} s {result['new_tokens_per_second']:7.1f} new tokens/s "
+            f"{result['peak_bytes'] / 1e9:6.2f} GB  {result['answers_alike']} of {chosen.lines} answers alike"
         )
-        record = {"results": results, "settings": settings, "machine": machine(), "versions": found}
-        write_json_atomic(chosen.output, record)  # after each peer: one that fails costs its own time only
-    print(f"written to {chosen.output}")
-    return 0
+
+    limits = ["--repeats", str(chosen.repeats), "--lines", str(chosen.lines)]
+    return one_process.compare_peers(__file__, chosen.peers, limits, settings, chosen.output, line)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,6 @@ everything first, and of little later on.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import importlib.metadata
 import os
 import statistics
 import sys
@@ -235,31 +233,16 @@ def main() -> int:
     if chosen.one:
         one_process.report(run_one(chosen.one, chosen.repeats, chosen.lines))
         return 0
-    from gemma_lora.files import write_json_atomic
-    from gemma_lora.hardware import machine
-    from gemma_lora.job import versions
-
-    found = versions()
-    for name in ("torch", "transformers", "peft"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
     settings = {"rows": ROWS, "length": LENGTH, "rank": RANK, "targets": ["query", "value"], "lines": chosen.lines}
-    results = {}
-    for peer in chosen.peers:
-        limits = ["--repeats", str(chosen.repeats), "--lines", str(chosen.lines)]
-        r = one_process.measure(__file__, "--one", peer, *limits)
-        if r is None:
-            return 1
-        results[peer] = r
-        print(
-            f"{peer:15} {r['median_step_seconds']:7.2f} s/step {r['peak_bytes'] / 1e9:6.2f} GB "
-            f"{r['loss_tokens_per_second']:7.1f} loss tokens/s  ({r['batching']})",
-            flush=True,
+
+    def line(peer: str, result: dict) -> str:
+        return (
+            f"{peer:15} {result['median_step_seconds']:7.2f} s/step {result['peak_bytes'] / 1e9:6.2f} GB "
+            f"{result['loss_tokens_per_second']:7.1f} loss tokens/s  ({result['batching']})"
         )
-        record = {"results": results, "settings": settings, "machine": machine(), "versions": found}
-        write_json_atomic(chosen.output, record)  # after each peer: one that fails costs its own time only
-    print(f"written to {chosen.output}")
-    return 0
+
+    limits = ["--repeats", str(chosen.repeats), "--lines", str(chosen.lines)]
+    return one_process.compare_peers(__file__, chosen.peers, limits, settings, chosen.output, line)
 
 
 if __name__ == "__main__":

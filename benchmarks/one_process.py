@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import json
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 _MARK = "RESULT "
@@ -67,6 +70,47 @@ def measure_all(
         return result is not None
 
     return all(at_once(jobs, one, runs))
+
+
+def compare_peers(
+    script: str,
+    peers: Iterable[str],
+    limits: list[str],
+    settings: dict[str, Any],
+    output: Path,
+    line: Callable[[str, dict[str, Any]], str],
+) -> int:
+    """Measures this project and other engines, one process after another; writes the JSON after each.
+
+    Args:
+        script: The calling script's `__file__`.
+        peers: What follows `--one` in each process.
+        limits: The other arguments of each.
+        settings: What was measured, for the JSON.
+        output: The JSON: results, settings, machine and versions.
+        line: `line(peer, result)` is printed; it may add to the result or take from it.
+
+    Returns:
+        The script's exit status. A peer that fails ends the comparison and costs its own time only.
+    """
+    from gemma_lora.files import write_json_atomic
+    from gemma_lora.hardware import machine
+    from gemma_lora.job import versions
+
+    found = versions()
+    for name in ("torch", "transformers", "peft"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    results: dict[str, dict[str, Any]] = {}
+    for peer in peers:
+        result = measure(script, "--one", peer, *limits)
+        if result is None:
+            return 1
+        print(line(peer, result), flush=True)
+        results[peer] = result
+        write_json_atomic(output, {"results": results, "settings": settings, "machine": machine(), "versions": found})
+    print(f"written to {output}")
+    return 0
 
 
 def at_once(jobs: int, function: Callable[..., Any], items: Iterable[tuple]) -> list[Any]:

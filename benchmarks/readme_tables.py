@@ -107,7 +107,7 @@ def generation_speed(record: dict[str, Any]) -> str:
     for peer, name in GENERATION.items():
         if (run := record["results"].get(peer)) is not None:
             row = [name, f"{run['median_seconds']:.0f}", f"{run['new_tokens_per_second']:.0f}"]
-            rows.append([*row, _gigabytes(run["peak_bytes"]), str(run["answers_as_ours"])])
+            rows.append([*row, _gigabytes(run["peak_bytes"]), str(run["answers_alike"])])
     lines = record["settings"]["lines"]
     head = ["", f"s for {lines} answers", "new tokens a second", "peak memory", "answers as in the first row"]
     return table(head, rows)

@@ -30,10 +30,10 @@ require_jax()
 import keras  # noqa: E402
 
 from gemma_lora.gemma import attention_scale  # noqa: E402
-from gemma_lora.linear import in_rows, is_one_product, kernel_matrix  # noqa: E402
+from gemma_lora.linear import is_one_product, kernel_matrix  # noqa: E402
 from gemma_lora.lora import lora_layers, plain_layers  # noqa: E402
 from gemma_lora.loss import table_rows  # noqa: E402
-from gemma_lora.mixed_precision import product  # noqa: E402
+from gemma_lora.mixed_precision import rounded_output  # noqa: E402
 from gemma_lora.packed import Bfloat16Rows, Int8Rows  # noqa: E402
 from gemma_lora.qlora import head_table  # noqa: E402
 
@@ -417,8 +417,7 @@ def _unpacked(matrix):
 
 def _rounded_call(layer, kernel: Bfloat16Rows, inputs, training=None):
     """A linear layer's `call` with both factors rounded to bfloat16."""
-    y = in_rows(layer, inputs, lambda x: product(x, _unpacked(kernel)))
-    return y if layer.activation is None else layer.activation(y)
+    return rounded_output(layer, inputs, _unpacked(kernel))
 
 
 def _likeliest(table, hidden):

@@ -111,6 +111,12 @@ def _batched_backward(factors, gradient):
 batched_product.defvjp(_batched_forward, _batched_backward)
 
 
+def rounded_output(layer: keras.layers.Layer, inputs: Any, kernel: jax.Array) -> Any:
+    """What a linear layer without bias computes with its kernel as a `(d_in, d_out)` bfloat16 matrix."""
+    y = linear.in_rows(layer, inputs, lambda x: product(x, kernel))
+    return y if layer.activation is None else layer.activation(y)
+
+
 class _RoundedCall:
     """What a frozen linear layer computes while `round_layer` holds; outside training, what it always does."""
 
@@ -120,8 +126,7 @@ class _RoundedCall:
     def __call__(self, inputs: Any, training: bool | None = None) -> Any:
         if not training or inputs.dtype != "float32":
             return type(self.layer).call(self.layer, inputs, training=training)
-        y = linear.in_rows(self.layer, inputs, lambda x: frozen_product(x, self.kernel.value))
-        return y if self.layer.activation is None else self.layer.activation(y)
+        return rounded_output(self.layer, inputs, self.kernel.value)
 
 
 def round_layer(layer: keras.layers.Layer, kernel: keras.Variable | None) -> None:
