@@ -148,14 +148,17 @@ def _long(runs: list[dict[str, Any]]) -> list[str]:
     if not runs:
         return ["–"] * 4
     shares = [_spread([100 * run["scores"][split]["exact_match"] for run in runs]) for split in TESTS]
-    return [*shares, _lines_to_90(runs[0]), f"{statistics.mean(run['english_perplexity'] for run in runs):.0f}"]
+    return [*shares, _lines_to_90(runs), f"{statistics.mean(run['english_perplexity'] for run in runs):.0f}"]
 
 
-def _lines_to_90(run: dict[str, Any]) -> str:
-    """After how many lines 90 % of the validation lines were right for the first time."""
-    seen = {int(lines): share for lines, share in run["validation_on_the_way"].items()}
-    seen[run["lines"]] = run["scores"]["validation"]["exact_match"]
-    enough = [lines for lines, share in sorted(seen.items()) if share >= 0.9]
+def _lines_to_90(runs: list[dict[str, Any]]) -> str:
+    """After how many lines 90 % of the validation lines were right for the first time, in the mean of the seeds."""
+    seen: dict[int, list[float]] = {}
+    for run in runs:
+        end = {str(run["lines"]): run["scores"]["validation"]["exact_match"]}
+        for lines, share in (run["validation_on_the_way"] | end).items():
+            seen.setdefault(int(lines), []).append(share)
+    enough = [lines for lines, shares in sorted(seen.items()) if statistics.mean(shares) > 0.9 - 1e-9]
     return f"{enough[0]:,}" if enough else f"> {max(seen):,}"
 
 
