@@ -50,7 +50,8 @@ def run_one(count: int, seed: int, rate: float) -> dict[str, Any]:
     quick = {"mixed_precision": hardware.has_fast_bfloat16(), "filter_gradient": True}  # as the job does
     tuner = gl.FineTuner(model, learning_rate=rate, row_length=ROW_LENGTH, seed=seed, **quick)
     tuner.fit(dataset, verbose=0)
-    result: dict[str, Any] = {"lines": count, "seed": seed, "steps": len(tuner.log.rows), **quick, "scores": {}}
+    result: dict[str, Any] = {"lines": count, "seed": seed, "steps": len(tuner.log.rows), **quick}
+    result |= {"processor": hardware.machine()["processor"], "scores": {}}  # runs may come from several machines
     for split, lines in {"validation": dataset.validation, "validation_unseen": unseen}.items():
         scores = evaluation.teacher_forced(model, lines[:SCORED], dataset.template, ROW_LENGTH)
         result["scores"][split] = {k: round(v, 4) for k, v in dataclasses.asdict(scores).items()}
