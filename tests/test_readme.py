@@ -31,6 +31,18 @@ def test_a_changed_result_changes_its_table(tables, tmp_path, monkeypatch):
     assert new.startswith("before\n<!-- table qlora_step -->\n| frozen") and new.endswith("|\n<!-- end -->\nafter\n")
 
 
+def test_what_finetuning_changed_has_a_row_a_split_and_a_dash_for_what_was_not_scored_before(tables):
+    scores = {name: {"exact_match": 0.855, "count": 7} for name in ("test", "test_unseen", "test_new_locales")}
+    before = {"test": {"exact_match": 0.0625, "count": 64}, "test_unseen": {"exact_match": 0.5, "count": 64}}
+    metrics = {"before": before, "after": scores, "english_perplexity": {"before": 39.72, "after": 56.0}}
+    assert tables.finetune({"metrics": metrics}).splitlines()[2:] == [
+        "| `test` | 7 | 6 % | 85.5 % |",
+        "| `test_unseen` | 7 | 50 % | 85.5 % |",
+        "| `test_new_locales` | 7 | – | 85.5 % |",
+        "| perplexity on English text |  | 39.7 | 56.0 |",
+    ]
+
+
 def test_methods_show_the_best_rate_the_spread_of_seeds_and_a_dash_for_what_was_not_run(tables):
     def run(share, rate=5e-4, loss=0.03, **more):
         scores = {split: {"exact_match": share} for split in ("validation", "validation_unseen", "test", "test_unseen")}
