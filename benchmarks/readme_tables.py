@@ -84,7 +84,10 @@ def _gigabytes(number: float) -> str:
 
 
 def finetune(record: dict[str, Any]) -> str:
-    """What one `make finetune` changed: its `metrics.json`, under "metrics"."""
+    """What one `make finetune` changed.
+
+    finetune.json holds the run's metrics.json and settings.json under "metrics" and "settings", and what `time` gave.
+    """
     before, after = record["metrics"]["before"], record["metrics"]["after"]
     rows = []
     for split in (*TESTS, "test_new_locales"):
