@@ -20,7 +20,7 @@ from gemma_lora import dora as dora_numbers
 from gemma_lora import linear
 from gemma_lora.backend import require_jax
 from gemma_lora.files import GemmaLoraError
-from gemma_lora.mixed_precision import frozen_product, product
+from gemma_lora.mixed_precision import frozen_product, low_rank_product, product
 
 require_jax()
 
@@ -164,7 +164,8 @@ class _LoRALayer(keras.layers.Layer):
         dropped = inputs if self.dropout is None else self.dropout(inputs, training=training)
         lora_a = ops.cast(self.lora_a, dropped.dtype)
         lora_b = ops.cast(self.lora_b * self.scaling, dropped.dtype)
-        update = linear.in_rows(self.base, dropped, lambda x: ops.matmul(ops.matmul(x, lora_a), lora_b))
+        form = low_rank_product if self._rounds(dropped, training) else lambda x, a, b: ops.matmul(ops.matmul(x, a), b)
+        update = linear.in_rows(self.base, dropped, lambda x: form(x, lora_a, lora_b))
         if not self.dora:
             return y + update
         return self._scaled_output(y, update, dropped if training and self.dropout is not None else None, training)
@@ -185,10 +186,14 @@ class _LoRALayer(keras.layers.Layer):
 
     def _frozen_output(self, inputs, training):
         """The base layer's output; in mixed precision while training, if that is asked for."""
-        rounds = training and self.rounded_kernel is not None and not self.merged
-        if not rounds or inputs.dtype != "float32" or self.base.bias is not None:
+        if self.is_packed or not self._rounds(inputs, training) or self.base.bias is not None:
             return self.base(inputs)
         return linear.in_rows(self.base, inputs, lambda x: frozen_product(x, self.rounded_kernel()))
+
+    def _rounds(self, inputs, training) -> bool:
+        """Whether this call's products are formed in mixed precision."""
+        asked_for = self.base.mixed_precision if self.is_packed else self.rounded_kernel is not None
+        return bool(training and asked_for and not self.merged and inputs.dtype == "float32")
 
     def merge(self) -> None:
         """Adds the update to the base kernel; the layer then costs what the base costs."""

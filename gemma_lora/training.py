@@ -178,10 +178,10 @@ class FineTuner(keras.Model):
             all their rows.
         remat: If True, activations inside a block are computed again in the backward pass instead of kept: less
             memory, more time.
-        mixed_precision: If True, the products with frozen kernels, attention's and the loss's are formed in
+        mixed_precision: If True, the products with frozen kernels, LoRA's, attention's and the loss's are formed in
             bfloat16 with sums in float32, which is faster on processors with AVX512-BF16 or AMX; see
-            `chunked_cross_entropy`. Rounded copies of the weights are kept for it. A, B, DoRA's magnitude and norms
-            and the optimizer stay float32, and so does everything outside training.
+            `chunked_cross_entropy`. Rounded copies of the frozen weights are kept for it. A, B, DoRA's magnitude and
+            norms and the optimizer stay float32, and so does everything outside training.
         filter_gradient: If True, blocks of the vocabulary that have next to no share in any token's softmax are left
             out of the loss's gradient; see `chunked_cross_entropy`. By default as `mixed_precision`.
         checkpoint_seconds: Float, seconds between checkpoints.

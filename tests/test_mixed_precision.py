@@ -9,7 +9,7 @@ import pytest
 
 from gemma_lora import linear, lora
 from gemma_lora.generation import generate_tokens
-from gemma_lora.mixed_precision import batched_product, frozen_product, round_layer
+from gemma_lora.mixed_precision import batched_product, frozen_product, low_rank_product, round_layer
 from gemma_lora.training import FineTuner
 from tests.conftest import tiny_gemma
 
@@ -42,6 +42,31 @@ def test_batched_value_and_gradients_are_those_of_rounded_factors(monkeypatch, b
     np.testing.assert_allclose(d_a, rounded(cotangent) @ np.swapaxes(rounded(b), -1, -2), atol=1e-5)
     np.testing.assert_allclose(d_b, np.swapaxes(rounded(a), -1, -2) @ rounded(cotangent), atol=1e-5)
     assert y.dtype == jnp.float32 and np.abs(np.asarray(y) - a @ b).max() > 1e-4  # it did round
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+@pytest.mark.parametrize("tokens", [5, 64])  # 64: matrices of 32 columns or more are transposed in blocks
+@pytest.mark.parametrize(("d_in", "rank", "d_out"), [(40, 3, 70), (70, 3, 40), (2, 3, 4), (1, 1, 1), (40, 50, 33)])
+def test_low_rank_value_and_gradients_are_those_of_rounded_factors(monkeypatch, backend, tokens, d_in, rank, d_out):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    rng = np.random.default_rng(0)
+    shapes = ((tokens, d_in), (d_in, rank), (rank, d_out), (tokens, d_out))
+    # Multiples of 1/128: sums of products of rounded ones are exact, and x @ a rounds as float64's does.
+    x, a, b, cotangent = (np.round(rng.normal(size=shape) * 128).astype("float32") / 128 for shape in shapes)
+
+    @jax.jit  # which is where XLA may move transpositions about
+    def both(*factors):
+        y, pullback = jax.vjp(low_rank_product, *factors)
+        return y, pullback(jnp.asarray(cotangent))
+
+    y, (d_x, d_a, d_b) = both(x, a, b)
+    inner = rounded(rounded(x) @ rounded(a))
+    d_inner = rounded(rounded(cotangent) @ rounded(b).T)
+    np.testing.assert_allclose(y, inner @ rounded(b), atol=1e-3)
+    np.testing.assert_allclose(d_x, d_inner @ rounded(a).T, atol=1e-3)
+    np.testing.assert_allclose(d_a, rounded(x).T @ d_inner, atol=1e-3)
+    np.testing.assert_allclose(d_b, inner.T @ rounded(cotangent), atol=1e-3)
+    assert {v.dtype for v in (y, d_x, d_a, d_b)} == {np.dtype("float32")}
 
 
 def gradients(model, mixed_precision, targets="all-linear"):
