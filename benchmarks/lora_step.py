@@ -10,6 +10,7 @@ everything first, and of little later on.
     python benchmarks/lora_step.py                          # all peers: 54 minutes on two cores
     python benchmarks/lora_step.py --lines 48 --repeats 3   # quickly
     python benchmarks/lora_step.py --peers ours keras_hub   # without torch
+    python benchmarks/lora_step.py --peers ours_mixed keras_hub --rounds 3 --lines 96    # in turns: the machine drifts
 """
 
 from __future__ import annotations
@@ -219,12 +220,22 @@ def run_one(peer: str, repeats: int, count: int) -> dict:
     return result
 
 
+def middle(taken: list[dict]) -> dict:
+    """One result of a peer's several: the median of times and rates, the highest peak."""
+    medians = {
+        key: statistics.median(r[key] for r in taken) for key in ("median_step_seconds", "loss_tokens_per_second")
+    }
+    batching = ", ".join(sorted({result["batching"] for result in taken}))
+    return {**medians, "peak_bytes": max(result["peak_bytes"] for result in taken), "batching": batching}
+
+
 def main() -> int:
     """Runs the peers, prints a table, and writes the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
     parser.add_argument("--repeats", type=int, default=5, help="steps that are timed, after one that is not")
     parser.add_argument("--lines", type=int, default=240, help="training lines for tokens a second")
+    parser.add_argument("--rounds", type=int, default=1, help="processes of each peer, in turns (default: 1)")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/lora_step.json")
     parser.add_argument("--one", choices=PEERS, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
@@ -242,7 +253,9 @@ def main() -> int:
         )
 
     limits = ["--repeats", str(chosen.repeats), "--lines", str(chosen.lines)]
-    return one_process.compare_peers(__file__, chosen.peers, limits, settings, chosen.output, line)
+    return one_process.compare_peers(
+        __file__, chosen.peers, limits, settings, chosen.output, line, chosen.rounds, middle
+    )
 
 
 if __name__ == "__main__":

@@ -79,8 +79,12 @@ def compare_peers(
     settings: dict[str, Any],
     output: Path,
     line: Callable[[str, dict[str, Any]], str],
+    rounds: int = 1,
+    middle: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
 ) -> int:
     """Measures this project and other engines, one process after another; writes the JSON after each.
+
+    A machine drifts: with several rounds each peer is measured several times, in turns.
 
     Args:
         script: The calling script's `__file__`.
@@ -89,6 +93,9 @@ def compare_peers(
         settings: What was measured, for the JSON.
         output: The JSON: results, settings, machine and versions.
         line: `line(peer, result)` is printed; it may add to the result or take from it.
+        rounds: How often each peer is measured.
+        middle: Makes one result of a peer's; with more than one round it is needed. What it was made of is kept in
+            it as "rounds".
 
     Returns:
         The script's exit status. A peer that fails ends the comparison and costs its own time only.
@@ -102,12 +109,14 @@ def compare_peers(
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     results: dict[str, dict[str, Any]] = {}
-    for peer in peers:
+    taken: dict[str, list[dict[str, Any]]] = {}
+    for peer in list(peers) * rounds:
         result = measure(script, "--one", peer, *limits)
         if result is None:
             return 1
         print(line(peer, result), flush=True)
-        results[peer] = result
+        taken.setdefault(peer, []).append(result)
+        results[peer] = middle(taken[peer]) | {"rounds": taken[peer]} if middle and rounds > 1 else result
         write_json_atomic(output, {"results": results, "settings": settings, "machine": machine(), "versions": found})
     print(f"written to {output}")
     return 0

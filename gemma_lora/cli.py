@@ -61,7 +61,7 @@ def finetune(
     mixed_precision: Annotated[
         bool | None,
         typer.Option(
-            help="Multiply frozen kernels in bfloat16, with sums in float32, while training and in the report. "
+            help="Form large products in bfloat16, with sums in float32, while training and in the report. "
             "By default where the machine is faster at it."
         ),
     ] = None,
@@ -150,7 +150,7 @@ def evaluate(
     ] = False,
     mixed_precision: Annotated[
         bool | None,
-        typer.Option(help="Multiply kernels in bfloat16, with sums in float32. By default where finetune does."),
+        typer.Option(help="Form large products in bfloat16, with sums in float32. By default where finetune does."),
     ] = None,
 ) -> None:
     """Score an adapter (or the base model) on any file."""
