@@ -94,8 +94,8 @@ def compare_peers(
         output: The JSON: results, settings, machine and versions.
         line: `line(peer, result)` is printed; it may add to the result or take from it.
         rounds: How often each peer is measured.
-        middle: Makes one result of a peer's; with more than one round it is needed. What it was made of is kept in
-            it as "rounds".
+        middle: With more than one round, makes one result of a peer's, which are kept in it as "rounds"; without it
+            the last one stands.
 
     Returns:
         The script's exit status. A peer that fails ends the comparison and costs its own time only.

@@ -10,6 +10,7 @@ import pytest
 from gemma_lora import linear, lora
 from gemma_lora.generation import generate_tokens
 from gemma_lora.mixed_precision import batched_product, frozen_product, low_rank_product, round_layer
+from gemma_lora.qlora import quantize_base
 from gemma_lora.training import FineTuner
 from tests.conftest import tiny_gemma
 
@@ -116,6 +117,28 @@ def test_attention_rounds_while_training_only(gemma, monkeypatch):
     assert len(formed) == 2 * len(gemma.backbone.transformer_layers)  # scores, and values under them
     FineTuner(gemma, mixed_precision=False)(x, training=True)
     assert len(formed) == 2 * len(gemma.backbone.transformer_layers)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_updates_are_rounded_while_training_only(gemma, monkeypatch, packed):
+    formed = []
+
+    def product(x, a, b):
+        formed.append(x.shape)
+        return low_rank_product(x, a, b)
+
+    monkeypatch.setattr("gemma_lora.lora.low_rank_product", product)
+    if packed:
+        quantize_base(gemma, "nf4")
+    lora.apply_lora(gemma, rank=2, targets="all-linear")
+    x = {"token_ids": np.full((2, 12), 7), "padding_mask": np.ones((2, 12), "int32")}
+    tuner = FineTuner(gemma, mixed_precision=True)
+    tuner(x, training=False)
+    assert not formed
+    tuner(x, training=True)
+    assert len(formed) == len(lora.lora_layers(gemma))
+    FineTuner(gemma, mixed_precision=False)(x, training=True)
+    assert len(formed) == len(lora.lora_layers(gemma))
 
 
 def test_validation_is_in_float32_even_when_merged(gemma):
