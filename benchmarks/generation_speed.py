@@ -163,7 +163,7 @@ def main() -> int:
         )
 
     limits = ["--repeats", str(chosen.repeats), "--lines", str(chosen.lines)]
-    return one_process.compare_peers(__file__, chosen.peers, limits, settings, chosen.output, line)
+    return one_process.compare_peers(__file__, [[peer] for peer in chosen.peers], limits, settings, chosen.output, line)
 
 
 if __name__ == "__main__":

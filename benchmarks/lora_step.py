@@ -1,16 +1,16 @@
 """LoRA training of Gemma 3 270M: this project beside KerasHub's own path and Hugging Face PEFT.
 
-One process a peer, one after another, all with the same weights, the same lines and the same adapter (rank 8 on query
-and value). Measured: seconds a step and the process's peak memory on 4 rows of 256 tokens that all carry loss, and
-loss-carrying tokens a second over the training lines, each peer with its own way of batching.
+One process a peer, all with the same weights, the same lines and the same adapter (rank 8 on query and value).
+Measured: seconds a step and the process's peak memory on 4 rows of 256 tokens that all carry loss, and loss-carrying
+tokens a second over the training lines, each peer with its own way of batching. Peers of a group are in memory at the
+same time and work in turns, a step or an eighth of the lines each, since the machine drifts.
 
 The lines are trained on, so that the gradient filter meets what it meets in a training: a model that is unsure of
 everything first, and of little later on.
 
-    python benchmarks/lora_step.py                          # all peers: 54 minutes on two cores
+    python benchmarks/lora_step.py                          # all peers: 30 minutes on two cores, 22 GB of memory
     python benchmarks/lora_step.py --lines 48 --repeats 3   # quickly
-    python benchmarks/lora_step.py --peers ours keras_hub   # without torch
-    python benchmarks/lora_step.py --peers ours_mixed keras_hub --rounds 3 --lines 96    # in turns: the machine drifts
+    python benchmarks/lora_step.py --peers ours keras_hub   # two of them, in turns; without torch
 """
 
 from __future__ import annotations
@@ -22,9 +22,18 @@ import sys
 import time
 from pathlib import Path
 
+import one_process
+
 os.environ.setdefault("KERAS_BACKEND", "jax")
 ROOT = Path(__file__).resolve().parent.parent
-PEERS = ("ours", "ours_filtered", "ours_remat", "ours_mixed", "keras_hub", "keras_hub_mixed", "peft_fp32", "peft_bf16")
+#: Peers that are compared with each other and fit in memory together.
+GROUPS = (
+    ("ours_mixed", "keras_hub", "peft_bf16"),
+    ("ours", "keras_hub_mixed", "peft_fp32"),
+    ("ours_filtered", "ours_remat"),
+)
+PEERS = tuple(peer for group in GROUPS for peer in group)
+SLICES = 8  # turns in which the lines are gone through
 ROWS, LENGTH, RANK, RATE = 4, 256, 8, 5e-4
 
 
@@ -46,14 +55,28 @@ def lines(count: int, tokenizer=None):
 
 
 def timed(step, repeats: int) -> list[float]:
-    """Seconds of each of `repeats` calls after one that warms up."""
+    """Seconds of each of `repeats` calls after one that warms up, each in a turn of its own."""
     step()
     seconds = []
     for _ in range(repeats):
+        one_process.pass_turn()
         start = time.perf_counter()
         step()
         seconds.append(time.perf_counter() - start)
     return seconds
+
+
+def rate(step, batches: list, carrying: list[float]) -> float:
+    """Loss-carrying tokens a second of `step(*batch)` over all batches, after one that warms up, in `SLICES` turns."""
+    step(*batches[0])
+    seconds = 0.0
+    for number in range(SLICES):
+        one_process.pass_turn()
+        start = time.perf_counter()
+        for batch in batches[number::SLICES]:
+            step(*batch)
+        seconds += time.perf_counter() - start
+    return sum(carrying) / seconds
 
 
 def full_batch(stream):
@@ -95,11 +118,7 @@ def run_ours(peer: str, repeats: int, count: int) -> dict:
         for variable, value in zip(model.trainable_variables, start_values, strict=True):
             variable.assign(value)  # each shape meets lines that were not trained on yet
         tuner.compile_for(len(batches) + 1)
-        tuner.train_on_batch(*arrays[0])
-        start = time.perf_counter()
-        for array in arrays:
-            tuner.train_on_batch(*array)
-        best[f"packed, {rows} x 384"] = sum(carrying) / (time.perf_counter() - start)
+        best[f"packed, {rows} x 384"] = rate(tuner.train_on_batch, arrays, carrying)
     return outcome(seconds, peak, best)
 
 
@@ -144,12 +163,9 @@ def run_keras_hub(peer: str, repeats: int, count: int) -> dict:
     for rows in (4, 8):
         groups = [range(start, min(start + rows, count)) for start in range(0, count - count % rows, rows)]
         arrays = [padded(encoded, group, length) for group in groups]
-        step = [({"token_ids": t, "padding_mask": (t != 0).astype("int32")}, y, w) for t, y, w in arrays]
-        model.train_on_batch(*step[0])
-        start = time.perf_counter()
-        for batch in step:
-            model.train_on_batch(*batch)
-        best[f"padded, {rows} x {length}"] = sum(float(w.sum()) for _, _, w in arrays) / (time.perf_counter() - start)
+        batches = [({"token_ids": t, "padding_mask": (t != 0).astype("int32")}, y, w) for t, y, w in arrays]
+        carrying = [float(w.sum()) for _, _, w in arrays]
+        best[f"padded, {rows} x {length}"] = rate(model.train_on_batch, batches, carrying)
     return outcome(seconds, peak, best)
 
 
@@ -195,18 +211,15 @@ def run_peft(peer: str, repeats: int, count: int) -> dict:
     best = {}
     order = sorted(range(count), key=lambda i: len(encoded.tokens[i]))  # batches of lines of like length
     for rows in (8, 16):
-        batches = []
+        batches, carrying = [], []
         for start in range(0, count - count % rows, rows):
             members = order[start : start + rows]
             t, y, w = padded(encoded, members, max(len(encoded.tokens[i]) for i in members))
             labels = torch.full(t.shape, -100)
             labels[:, 1:] = torch.tensor(y[:, :-1]).long().masked_fill(torch.tensor(w[:, :-1] == 0), -100)
-            batches.append((torch.tensor(t).long(), labels, torch.tensor((t != 0).astype("int64")), float(w.sum())))
-        step(*batches[0][:3])
-        start = time.perf_counter()
-        for batch in batches:
-            step(*batch[:3])
-        best[f"by length, {rows} rows"] = sum(b[3] for b in batches) / (time.perf_counter() - start)
+            batches.append((torch.tensor(t).long(), labels, torch.tensor((t != 0).astype("int64"))))
+            carrying.append(float(w.sum()))
+        best[f"by length, {rows} rows"] = rate(step, batches, carrying)
     return outcome(seconds, peak, best)
 
 
@@ -220,27 +233,15 @@ def run_one(peer: str, repeats: int, count: int) -> dict:
     return result
 
 
-def middle(taken: list[dict]) -> dict:
-    """One result of a peer's several: the median of times and rates, the highest peak."""
-    medians = {
-        key: statistics.median(r[key] for r in taken) for key in ("median_step_seconds", "loss_tokens_per_second")
-    }
-    batching = ", ".join(sorted({result["batching"] for result in taken}))
-    return {**medians, "peak_bytes": max(result["peak_bytes"] for result in taken), "batching": batching}
-
-
 def main() -> int:
     """Runs the peers, prints a table, and writes the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--peers", nargs="+", choices=PEERS, help="one group of these; all groups by default")
     parser.add_argument("--repeats", type=int, default=5, help="steps that are timed, after one that is not")
-    parser.add_argument("--lines", type=int, default=240, help="training lines for tokens a second")
-    parser.add_argument("--rounds", type=int, default=1, help="processes of each peer, in turns (default: 1)")
+    parser.add_argument("--lines", type=int, default=144, help="training lines for tokens a second")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/lora_step.json")
     parser.add_argument("--one", choices=PEERS, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
-    import one_process
-
     if chosen.one:
         one_process.report(run_one(chosen.one, chosen.repeats, chosen.lines))
         return 0
@@ -253,9 +254,8 @@ def main() -> int:
         )
 
     limits = ["--repeats", str(chosen.repeats), "--lines", str(chosen.lines)]
-    return one_process.compare_peers(
-        __file__, chosen.peers, limits, settings, chosen.output, line, chosen.rounds, middle
-    )
+    groups = [chosen.peers] if chosen.peers else GROUPS
+    return one_process.compare_peers(__file__, groups, limits, settings, chosen.output, line)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,18 @@
-"""A measurement in a process of its own: its peak of memory is its own, and nothing is left from the one before."""
+"""A measurement in a process of its own: its peak of memory is its own, and nothing is left from the one before.
+
+A machine drifts, by half its speed within minutes. So what is compared runs in turns, piece by piece: see
+`measure_in_turns`.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.metadata
 import json
+import os
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 _MARK = "RESULT "
+_TURN = "TURN"
+_IN_TURNS = "GEMMA_LORA_BENCHMARK_IN_TURNS"
 
 
 def report(result: dict[str, Any]) -> None:
@@ -39,6 +47,59 @@ def measure(script: str, *arguments: str, quiet: bool = True) -> dict[str, Any] 
         return json.loads(found[-1].removeprefix(_MARK))
     print(f"{' '.join(arguments)} failed:\n{(done.stderr or '')[-2000:]}", file=sys.stderr)
     return None
+
+
+def pass_turn() -> None:
+    """In a process of `measure_in_turns`: lets the others work, and comes back when it is this one's turn again."""
+    if _IN_TURNS in os.environ:
+        print(_TURN, flush=True)
+        sys.stdin.readline()
+
+
+def measure_in_turns(script: str, runs: Iterable[tuple[str, list[str]]]) -> dict[str, dict[str, Any]]:
+    """Processes that are there at the same time, of which one works: each until it calls `pass_turn` or has ended.
+
+    Args:
+        script: The calling script's `__file__`.
+        runs: `(name, arguments)` of each; see `measure`. All must fit in memory together.
+
+    Returns:
+        The results by name. One that failed is missing, and its reason is on the error stream.
+    """
+    waiting: list[tuple[str, subprocess.Popen, Any]] = []
+    results: dict[str, dict[str, Any]] = {}
+    try:
+        for name, arguments in runs:
+            errors = tempfile.TemporaryFile("w+")
+            command = [sys.executable, script, *arguments]
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors, "text": True}
+            process = subprocess.Popen(command, env=os.environ | {_IN_TURNS: "1"}, **pipes)
+            if not _worked(process, name, results, errors):
+                waiting.append((name, process, errors))
+        while waiting:
+            name, process, errors = waiting.pop(0)
+            process.stdin.write("\n")
+            process.stdin.flush()
+            if not _worked(process, name, results, errors):
+                waiting.append((name, process, errors))
+    finally:
+        for _, process, _ in waiting:
+            process.kill()
+    return results
+
+
+def _worked(process: subprocess.Popen, name: str, results: dict[str, dict[str, Any]], errors) -> bool:
+    """Waits until a process passes its turn (False) or has ended (True; its result, if any, is in `results`)."""
+    for line in process.stdout:
+        if line.startswith(_TURN):
+            return False
+        if line.startswith(_MARK):
+            results[name] = json.loads(line.removeprefix(_MARK))
+    process.wait()
+    if name not in results:
+        errors.seek(0)
+        print(f"{name} failed:\n{errors.read()[-2000:]}", file=sys.stderr)
+    return True
 
 
 def measure_all(
@@ -74,31 +135,24 @@ def measure_all(
 
 def compare_peers(
     script: str,
-    peers: Iterable[str],
+    groups: Iterable[Iterable[str]],
     limits: list[str],
     settings: dict[str, Any],
     output: Path,
     line: Callable[[str, dict[str, Any]], str],
-    rounds: int = 1,
-    middle: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
 ) -> int:
-    """Measures this project and other engines, one process after another; writes the JSON after each.
-
-    A machine drifts: with several rounds each peer is measured several times, in turns.
+    """Measures this project and other engines; writes the JSON after each group.
 
     Args:
         script: The calling script's `__file__`.
-        peers: What follows `--one` in each process.
+        groups: Peers that are measured in turns, group after group; a peer is what follows `--one` in its process.
         limits: The other arguments of each.
         settings: What was measured, for the JSON.
         output: The JSON: results, settings, machine and versions.
         line: `line(peer, result)` is printed; it may add to the result or take from it.
-        rounds: How often each peer is measured.
-        middle: With more than one round, makes one result of a peer's, which are kept in it as "rounds"; without it
-            the last one stands.
 
     Returns:
-        The script's exit status. A peer that fails ends the comparison and costs its own time only.
+        The script's exit status. A peer that fails ends the comparison after its group.
     """
     from gemma_lora.files import write_json_atomic
     from gemma_lora.hardware import machine
@@ -109,15 +163,15 @@ def compare_peers(
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     results: dict[str, dict[str, Any]] = {}
-    taken: dict[str, list[dict[str, Any]]] = {}
-    for peer in list(peers) * rounds:
-        result = measure(script, "--one", peer, *limits)
-        if result is None:
-            return 1
-        print(line(peer, result), flush=True)
-        taken.setdefault(peer, []).append(result)
-        results[peer] = middle(taken[peer]) | {"rounds": taken[peer]} if middle and rounds > 1 else result
+    for group in groups:
+        group = list(group)
+        measured = measure_in_turns(script, [(peer, ["--one", peer, *limits]) for peer in group])
+        for peer in filter(measured.__contains__, group):
+            print(line(peer, measured[peer]), flush=True)
+            results[peer] = measured[peer]
         write_json_atomic(output, {"results": results, "settings": settings, "machine": machine(), "versions": found})
+        if len(measured) < len(group):
+            return 1
     print(f"written to {output}")
     return 0
 

@@ -306,8 +306,8 @@ class FineTuner(keras.Model):
             chunk_size=self.settings["chunk_size"] or 64,
             soft_cap=embedding.logit_soft_cap,
             train_embeddings=any(v.trainable for v in embedding.trainable_variables),
-            # The weights of batches that make a step together are shares of their step already: see `_shares`.
-            normalizer=1.0 if self.settings["accumulate"] > 1 else None,
+            # While training, weights of batches that make a step together are shares of the step: see `_shares`.
+            normalizer=1.0 if training and self.settings["accumulate"] > 1 else None,
             mixed_precision=mixed,
             filter_gradient=self.settings["filter_gradient"],
         )

@@ -1,6 +1,7 @@
 """benchmarks/methods.py, learning_curve.py and scaling.py: each run trains what its name says."""
 
 import dataclasses
+import os
 import types
 
 import jax.numpy as jnp
@@ -92,6 +93,38 @@ def test_a_run_without_a_result_is_told_and_costs_the_others_nothing(benchmark_s
     assert not one_process.measure_all("a.py", runs, kept.__setitem__, jobs=2)
     assert kept == {"run0": {"n": "0"}, "run2": {"n": "2"}}
     assert one_process.measure_all("a.py", runs[::2], kept.__setitem__)
+
+
+IN_TURNS = """
+import sys, time
+sys.path.insert(0, {folder!r})
+import one_process
+log, (name, pieces) = open({log!r}, "a"), sys.argv[1:]
+def note(what):
+    log.write(f"{{what}} {{name}}\\n")
+    log.flush()
+for piece in range(int(pieces)):
+    note("starts")
+    time.sleep(0.05)
+    note("stops")
+    one_process.pass_turn()
+if name == "c":
+    raise SystemExit("no result from c")
+one_process.report({{"name": name}})
+"""
+
+
+def test_what_is_compared_works_in_turns_and_never_two_at_once(benchmark_script, tmp_path, capsys):
+    one_process = benchmark_script("one_process")
+    script, log = tmp_path / "script.py", tmp_path / "log"
+    script.write_text(IN_TURNS.format(folder=os.path.dirname(one_process.__file__), log=str(log)))
+    runs = [("a", ["a", "3"]), ("b", ["b", "1"]), ("c", ["c", "2"])]
+    assert one_process.measure_in_turns(str(script), runs) == {"a": {"name": "a"}, "b": {"name": "b"}}
+    assert "c failed" in (told := capsys.readouterr().err) and "no result from c" in told
+    order = ["a", "b", "c", "a", "c", "a"]
+    assert log.read_text().split("\n")[:-1] == [f"{what} {name}" for name in order for what in ("starts", "stops")]
+    log.unlink()
+    assert one_process.measure(str(script), "a", "2") == {"name": "a"}  # alone it waits for nobody
 
 
 def test_a_variant_changes_what_its_name_says(benchmark_script):

@@ -144,6 +144,17 @@ def test_accumulated_batches_make_the_step_of_one_large_batch():
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
+def test_validations_loss_is_a_mean_however_many_batches_make_a_step(gemma):
+    x, y, weights = batch_pair()
+    lora.apply_lora(gemma, rank=2)
+    found = []
+    for accumulate in (1, 2):
+        tuner = FineTuner(gemma, accumulate=accumulate)
+        tuner.compile_for(2)
+        found.append(tuner.test_on_batch(x[0], y[0], weights[0]))
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
 def test_a_last_step_of_fewer_batches_is_filled_up_with_nothing():
     x, y, weights = batch_pair()
     batches = [Batch(x[0]["token_ids"], x[0]["padding_mask"], y[0], weights[0], 2)] * 3
