@@ -8,7 +8,7 @@ same time and work in turns, a step or an eighth of the lines each, since the ma
 The lines are trained on, so that the gradient filter meets what it meets in a training: a model that is unsure of
 everything first, and of little later on.
 
-    python benchmarks/lora_step.py                          # all peers: 30 minutes on two cores, 22 GB of memory
+    python benchmarks/lora_step.py                          # all peers: 40 minutes on two cores, 20 GB of memory
     python benchmarks/lora_step.py --lines 48 --repeats 3   # quickly
     python benchmarks/lora_step.py --peers ours keras_hub   # two of them, in turns; without torch
 """

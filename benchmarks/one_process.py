@@ -163,12 +163,11 @@ def compare_peers(
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     results: dict[str, dict[str, Any]] = {}
-    for group in groups:
-        group = list(group)
+    for number, group in enumerate(map(list, groups), start=1):
         measured = measure_in_turns(script, [(peer, ["--one", peer, *limits]) for peer in group])
         for peer in filter(measured.__contains__, group):
             print(line(peer, measured[peer]), flush=True)
-            results[peer] = measured[peer]
+            results[peer] = measured[peer] | {"group": number}
         write_json_atomic(output, {"results": results, "settings": settings, "machine": machine(), "versions": found})
         if len(measured) < len(group):
             return 1

@@ -23,14 +23,14 @@ RESULTS = ROOT / "benchmarks/results"
 _TABLE = re.compile(r"(<!-- table (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 PEERS = {
-    "ours": "this project, float32",
-    "ours_filtered": "this project, float32, gradient filter",
-    "ours_remat": "this project, float32, remat",
     "ours_mixed": "this project, mixed precision",
     "keras_hub": "KerasHub's `enable_lora` and `fit`, float32",
+    "peft_bf16": "Hugging Face PEFT, bfloat16",
+    "ours": "this project, float32",
     "keras_hub_mixed": "KerasHub's `enable_lora` and `fit`, `mixed_bfloat16`",
     "peft_fp32": "Hugging Face PEFT, float32",
-    "peft_bf16": "Hugging Face PEFT, bfloat16",
+    "ours_filtered": "this project, float32, gradient filter",
+    "ours_remat": "this project, float32, remat",
 }
 GENERATION = {
     "ours": "this project, float32",
@@ -102,8 +102,10 @@ def lora_step(record: dict[str, Any]) -> str:
     for peer, name in PEERS.items():
         if (run := record["results"].get(peer)) is not None:
             rate = f"{run['loss_tokens_per_second']:.0f}"
-            rows.append([name, f"{run['median_step_seconds']:.1f}", _gigabytes(run["peak_bytes"]), rate])
-    return table(["", "s a step", "peak memory", "loss-carrying tokens a second"], rows)
+            rows.append(
+                [name, str(run["group"]), f"{run['median_step_seconds']:.1f}", _gigabytes(run["peak_bytes"]), rate]
+            )
+    return table(["", "group", "s a step", "peak memory", "loss-carrying tokens a second"], rows)
 
 
 def qlora_step(record: dict[str, Any]) -> str:
