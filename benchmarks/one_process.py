@@ -53,7 +53,8 @@ def pass_turn() -> None:
     """In a process of `measure_in_turns`: lets the others work, and comes back when it is this one's turn again."""
     if _IN_TURNS in os.environ:
         print(_TURN, flush=True)
-        sys.stdin.readline()
+        if not sys.stdin.readline():
+            raise SystemExit("The process that gives the turns has ended.")
 
 
 def measure_in_turns(script: str, runs: Iterable[tuple[str, list[str]]]) -> dict[str, dict[str, Any]]:
@@ -67,6 +68,7 @@ def measure_in_turns(script: str, runs: Iterable[tuple[str, list[str]]]) -> dict
         The results by name. One that failed is missing, and its reason is on the error stream.
     """
     waiting: list[tuple[str, subprocess.Popen, Any]] = []
+    started: list[subprocess.Popen] = []
     results: dict[str, dict[str, Any]] = {}
     try:
         for name, arguments in runs:
@@ -74,6 +76,7 @@ def measure_in_turns(script: str, runs: Iterable[tuple[str, list[str]]]) -> dict
             command = [sys.executable, script, *arguments]
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors, "text": True}
             process = subprocess.Popen(command, env=os.environ | {_IN_TURNS: "1"}, **pipes)
+            started.append(process)
             if not _worked(process, name, results, errors):
                 waiting.append((name, process, errors))
         while waiting:
@@ -83,8 +86,8 @@ def measure_in_turns(script: str, runs: Iterable[tuple[str, list[str]]]) -> dict
             if not _worked(process, name, results, errors):
                 waiting.append((name, process, errors))
     finally:
-        for _, process, _ in waiting:
-            process.kill()
+        for process in started:
+            process.kill()  # nothing where it has ended
     return results
 
 
