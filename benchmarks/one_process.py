@@ -40,13 +40,8 @@ def measure(script: str, *arguments: str, quiet: bool = True) -> dict[str, Any] 
     Returns:
         The reported dictionary; None, with the reason on the error stream, if there is none.
     """
-    command = [sys.executable, script, *arguments]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE if quiet else None, text=True)
-    found = [line for line in done.stdout.splitlines() if line.startswith(_MARK)]
-    if found:
-        return json.loads(found[-1].removeprefix(_MARK))
-    print(f"{' '.join(arguments)} failed:\n{(done.stderr or '')[-2000:]}", file=sys.stderr)
-    return None
+    name = " ".join(arguments)
+    return measure_in_turns(script, [(name, list(arguments))], quiet).get(name)
 
 
 def pass_turn() -> None:
@@ -57,12 +52,15 @@ def pass_turn() -> None:
             raise SystemExit("The process that gives the turns has ended.")
 
 
-def measure_in_turns(script: str, runs: Iterable[tuple[str, list[str]]]) -> dict[str, dict[str, Any]]:
+def measure_in_turns(
+    script: str, runs: Iterable[tuple[str, list[str]]], quiet: bool = True
+) -> dict[str, dict[str, Any]]:
     """Processes that are there at the same time, of which one works: each until it calls `pass_turn` or has ended.
 
     Args:
         script: The calling script's `__file__`.
         runs: `(name, arguments)` of each; see `measure`. All must fit in memory together.
+        quiet: See `measure`.
 
     Returns:
         The results by name. One that failed is missing, and its reason is on the error stream.
@@ -72,7 +70,7 @@ def measure_in_turns(script: str, runs: Iterable[tuple[str, list[str]]]) -> dict
     results: dict[str, dict[str, Any]] = {}
     try:
         for name, arguments in runs:
-            errors = tempfile.TemporaryFile("w+")
+            errors = tempfile.TemporaryFile("w+") if quiet else None
             command = [sys.executable, script, *arguments]
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors, "text": True}
             process = subprocess.Popen(command, env=os.environ | {_IN_TURNS: "1"}, **pipes)
@@ -100,8 +98,11 @@ def _worked(process: subprocess.Popen, name: str, results: dict[str, dict[str, A
             results[name] = json.loads(line.removeprefix(_MARK))
     process.wait()
     if name not in results:
-        errors.seek(0)
-        print(f"{name} failed:\n{errors.read()[-2000:]}", file=sys.stderr)
+        told = ""
+        if errors:
+            errors.seek(0)
+            told = errors.read()[-2000:]
+        print(f"{name} failed:\n{told}", file=sys.stderr)
     return True
 
 
