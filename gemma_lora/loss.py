@@ -7,8 +7,8 @@ are still in the processor's cache. That mean, less the target's embedding, is t
 hidden state, so no second pass over the vocabulary is needed.
 
 Two things make it faster on request. In mixed precision the factors of the large products are rounded to bfloat16. And
-the gradient filter leaves a block that has next to no share in any token's softmax out of the gradient (its part of the
-loss is counted).
+the gradient filter leaves a block out of the gradient of the tokens in whose softmax it has next to no share (its part
+of the loss is counted).
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ import jax.numpy as jnp
 
 from gemma_lora.packed import Bfloat16Rows, Int8Rows
 
-#: The gradient filter: the share of each token's softmax up to which a block adds nothing to the gradient.
+#: The gradient filter: the share of a token's softmax up to which a block adds nothing to the token's gradient.
 NEGLIGIBLE = 2.0**-16
+_FEW = (16, 64, 128)  # tokens that the filter may form a block's product for, when it is not for all of a chunk
 _PACKED = Int8Rows | Bfloat16Rows
 _BLOCK = 1024  # vocabulary entries whose logits exist together: fastest on two cores of 1,024 to 32,768
 
@@ -118,19 +119,41 @@ def _over_vocabulary(chunk: _Chunk, embeddings, at_target, soft_cap, with_gradie
         others = others * shrink + block_sum
         if with_gradient:
             pull = exponentials if slope is None else exponentials * slope
-            add = partial(_dot, pull.astype(factor), block.astype(factor), ((1,), (0,)))  # (C, K) x (K, D) -> (C, D)
+            mean = mean * shrink[:, None]
             if shortcuts.filtered:
                 # Of what has been seen so far, so never less than its share of the whole.
                 share = jnp.where(chunk.weights > 0, block_sum / (others + jnp.exp(target - new)), 0.0)
-                mean = mean * shrink[:, None]
-                mean = jax.lax.cond(jnp.max(share) > NEGLIGIBLE, lambda mean: mean + add(), lambda mean: mean, mean)
+                mean = _add_where(share > NEGLIGIBLE, mean, pull, block, factor)
             else:
-                mean = mean * shrink[:, None] + add()
+                mean = mean + _dot(pull.astype(factor), block.astype(factor), ((1,), (0,)))  # (C, K) x (K, D)
         return new, others, mean
 
     empty = jnp.zeros(chunk.hidden.shape if with_gradient else (0,), jnp.float32)
     start = (target, jnp.zeros_like(target), empty)
     return _Running(target, target_slope, *jax.lax.fori_loop(0, _blocks(embeddings), one_block, start))
+
+
+def _add_where(wanted, mean, pull, block, factor):
+    """`mean + pull @ block` (C, D) for the tokens that are `wanted` (C,) bool, with factors rounded to `factor`.
+
+    The product is formed for the smallest number of tokens in `_FEW` that holds them. After the first steps of a
+    training most blocks matter to a handful of tokens.
+    """
+    tokens = wanted.shape[0]
+    sizes = [size for size in _FEW if size < tokens]
+
+    def for_few(size, mean):
+        rows = jnp.nonzero(wanted, size=size, fill_value=tokens)[0]  # filled up with rows that there are not
+        few = pull.at[rows].get(mode="fill", fill_value=0.0)
+        add = _dot(few.astype(factor), block.astype(factor), ((1,), (0,)))
+        return mean.at[rows].add(add, mode="drop")
+
+    def for_all(mean):
+        return mean + _dot(pull.astype(factor), block.astype(factor), ((1,), (0,)))
+
+    branches = [lambda mean: mean, *(partial(for_few, size) for size in sizes), for_all]
+    enough = jnp.sum(jnp.count_nonzero(wanted) > jnp.array([0, *sizes]))
+    return jax.lax.switch(enough, branches, mean)
 
 
 def _token_losses(seen: _Running):
@@ -288,8 +311,8 @@ def chunked_cross_entropy(
         normalizer: Float or None; what the sum is divided by, in place of Σ weights.
         mixed_precision: If True, `hidden` and `embeddings` are rounded to bfloat16 (give
             `Bfloat16Rows` to save that); sums stay float32.
-        filter_gradient: If True, blocks of 1,024 entries whose share of every token's softmax is below `NEGLIGIBLE`
-            are left out of the gradient with respect to `hidden`; the loss is the same. By default as
+        filter_gradient: If True, a block of 1,024 entries may be left out of the gradient with respect to `hidden` of
+            tokens in whose softmax its share is at most `NEGLIGIBLE`; the loss is the same. By default as
             `mixed_precision`.
 
     Returns:
@@ -308,8 +331,8 @@ def chunked_cross_entropy(
     Reference: Wijmans et al. 2024, "Cut Your Losses" (https://arxiv.org/abs/2411.09009), section 4, a loss that never
     stores the logits. The running softmax is that of Milakov and Gimelshein 2018 (https://arxiv.org/abs/1805.02867),
     algorithm 3; that it gives the gradient too is flash attention's forward pass with the embeddings as keys and
-    values. Leaving out blocks is the first paper's gradient filter, which drops what is below 2^-12. Keeping
-    the target apart is ours.
+    values. Leaving out blocks is the first paper's gradient filter, which drops what is below 2^-12 in all tokens of a
+    tile. Deciding it token by token and keeping the target apart are ours.
     """
     hidden, targets, weights = map(jnp.asarray, (hidden, targets, weights))
     if not isinstance(embeddings, _PACKED):

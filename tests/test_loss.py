@@ -125,32 +125,33 @@ def test_mixed_precision_is_the_loss_of_rounded_factors():
 
 
 @pytest.mark.parametrize("shortcut", ["mixed_precision", "filter_gradient"])
-def test_blocks_with_a_share_are_never_left_out(monkeypatch, shortcut):
-    """Four blocks of 16 entries: only one token gives those behind the first block a share of its softmax."""
+@pytest.mark.parametrize("unsure", [0, 1, 16, 17, 100, 150])
+def test_a_block_is_left_out_only_for_tokens_in_whose_softmax_it_has_no_share(monkeypatch, shortcut, unsure):
+    """Four blocks of 16 entries: only the unsure among 150 tokens give those behind the first block a share."""
     monkeypatch.setattr(loss, "_BLOCK", 16)
     rng = np.random.default_rng(6)
-    hidden = rng.normal(size=(1, 5, 8)).astype("float32")
-    hidden *= 0.5
-    hidden[..., 0] = 16.0
-    hidden[0, 2, 0] = 0.0
+    which = rng.permutation(150) < unsure
+    hidden = 0.5 * rng.normal(size=(150, 8)).astype("float32")
+    hidden[:, 0] = np.where(which, 0.0, 16.0)
     embeddings = rng.normal(size=(64, 8)).astype("float32")
     embeddings[:, 0] = np.where(np.arange(64) < 16, 0.0, -1.0)
-    targets, weights = jnp.asarray(rng.integers(0, 16, (1, 5))), np.ones((1, 5), "float32")
+    targets, weights = jnp.asarray(rng.integers(0, 16, 150)), np.ones(150, "float32")
 
-    def gradient(negligible, weights):
+    def gradient(negligible):
         monkeypatch.setattr(loss, "NEGLIGIBLE", negligible)
         return np.asarray(
-            jax.grad(lambda h: chunked_cross_entropy(h, embeddings, targets, weights, 8, **{shortcut: True}))(hidden)
+            jax.grad(lambda h: chunked_cross_entropy(h, embeddings, targets, weights, 150, **{shortcut: True}))(hidden)
         )
 
-    default = loss.NEGLIGIBLE
-    everything, nothing = gradient(0.0, weights), gradient(2.0, weights)
-    np.testing.assert_array_equal(gradient(default, weights), everything)
-    assert np.abs(everything - nothing).max() > 0.1 * np.abs(everything).max()
-    weights[0, 2] = 0.0  # now none has a share: leaving the blocks out changes next to nothing, and it is done
-    everything, default = gradient(0.0, weights), gradient(default, weights)
-    np.testing.assert_allclose(default, everything, atol=1e-5 * np.abs(everything).max())
-    assert not np.array_equal(default, everything)
+    filtered, everything, nothing = gradient(loss.NEGLIGIBLE), gradient(0.0), gradient(2.0)
+    scale = np.abs(everything).max()
+    # Products of fewer rows may be summed in another order; what was left out is at most 4 blocks of 2^-16.
+    np.testing.assert_allclose(filtered[which], everything[which], atol=1e-6 * scale)
+    np.testing.assert_allclose(filtered, everything, atol=1e-4 * scale)
+    if unsure:
+        assert np.abs(filtered - nothing)[which].max() > 0.1 * scale
+    if unsure <= 128:  # above, a product for all of them costs no more
+        assert not np.array_equal(filtered[~which], everything[~which])
 
 
 @pytest.mark.parametrize("count, chunk_size", [(51, 7), (51, 51), (51, 256), (1, 4), (6, 3)])
