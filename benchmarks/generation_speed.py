@@ -56,13 +56,13 @@ def keras_hub(peer: str, count: int) -> Answers:
     import numpy as np
 
     import gemma_lora as gl
-    from gemma_lora import gemma, lora
+    from gemma_lora import blocks, lora
 
     model = gl.load_adapter(gl.load_gemma(), ADAPTER)
     tokens, stops = prompts(count, model.preprocessor.tokenizer)
     lora.merge_lora(model)
     lora.detach_lora(model)
-    gemma.disable_segments(model.backbone)
+    blocks.disable_segments(model.backbone)
     model.preprocessor = None
     length = max(map(len, tokens)) + NEW_TOKENS
     token_ids = np.zeros((count, length), "int32")

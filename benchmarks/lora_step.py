@@ -138,7 +138,7 @@ def run_keras_hub(peer: str, repeats: int, count: int) -> dict:
     import numpy as np
 
     import gemma_lora as gl
-    from gemma_lora import gemma
+    from gemma_lora import blocks
     from gemma_lora.hardware import peak_memory_bytes
 
     model = gl.load_gemma()
@@ -146,7 +146,7 @@ def run_keras_hub(peer: str, repeats: int, count: int) -> dict:
     if peer == "keras_hub_mixed":
         for layer in model._flatten_layers():
             layer.dtype_policy = "mixed_bfloat16"
-    gemma.disable_segments(model.backbone)
+    blocks.disable_segments(model.backbone)
     model.preprocessor = None
     model.backbone.enable_lora(RANK)
     model.compile(

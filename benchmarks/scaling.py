@@ -51,7 +51,7 @@ def key_of(setting: dict[str, int]) -> str:
 
 def with_vocabulary(model, size: int):
     """The model with the first `size` rows of its embedding."""
-    from gemma_lora import gemma
+    from gemma_lora import blocks, gemma
 
     backbone = model.backbone
     if size == backbone.vocabulary_size:
@@ -60,7 +60,7 @@ def with_vocabulary(model, size: int):
     small = type(backbone)(**backbone.get_config() | {"vocabulary_size": size, "name": None})
     for new, old in zip(small.variables, backbone.variables, strict=True):
         new.assign(old.value[: new.shape[0]])
-    gemma.enable_segments(small)
+    blocks.enable_segments(small)
     return hub.models.Gemma3CausalLM(backbone=small, preprocessor=None)
 
 

@@ -29,7 +29,7 @@ require_jax()
 
 import keras  # noqa: E402
 
-from gemma_lora.gemma import attention_scale  # noqa: E402
+from gemma_lora.blocks import attention_scale  # noqa: E402
 from gemma_lora.linear import is_one_product, kernel_matrix  # noqa: E402
 from gemma_lora.lora import lora_layers, plain_layers  # noqa: E402
 from gemma_lora.loss import table_rows  # noqa: E402

@@ -1,6 +1,6 @@
 """Packing: several examples share a row, so that hardly a token is padding.
 
-A row carries segment ids (1, 2, … for its examples, 0 for padding); `gemma.enable_segments` keeps an example
+A row carries segment ids (1, 2, … for its examples, 0 for padding); `blocks.enable_segments` keeps an example
 from seeing its neighbours. All batches have one shape, so XLA compiles the training step once.
 """
 

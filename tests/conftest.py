@@ -41,7 +41,8 @@ def tiny_gemma(generation: int = 3, seed: int = 0, vocabulary_size: int = 300, l
     import keras
     import numpy as np
 
-    from gemma_lora.gemma import enable_segments, import_keras_hub
+    from gemma_lora.blocks import enable_segments
+    from gemma_lora.gemma import import_keras_hub
 
     hub = import_keras_hub()
     common = {

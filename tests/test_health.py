@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gemma_lora import health, traps
-from gemma_lora.gemma import enable_segments
+from gemma_lora.blocks import enable_segments
 from gemma_lora.lora import apply_lora
 from gemma_lora.training import FineTuner
 from tests.conftest import CharacterTokenizer, tiny_gemma

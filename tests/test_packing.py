@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gemma_lora import lora
-from gemma_lora.gemma import disable_segments
+from gemma_lora.blocks import disable_segments
 from gemma_lora.loss import chunked_cross_entropy
 from gemma_lora.packing import pack
 

@@ -60,7 +60,7 @@ def test_a_mended_initializer_draws_anew(monkeypatch):
 
 
 def test_a_mended_backbone_keeps_examples_apart(monkeypatch):
-    from gemma_lora.gemma import enable_segments
+    from gemma_lora.blocks import enable_segments
 
     small = traps.tiny_gemma
 

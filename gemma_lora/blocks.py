@@ -1,0 +1,133 @@
+"""KerasHub's Gemma blocks, changed in place: examples that share a row do not see each other, and a step is faster.
+
+What they compute otherwise is what KerasHub computes. The layers keep their classes and their weights.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from typing import Any
+
+from gemma_lora.backend import require_jax
+
+require_jax()
+
+import jax  # noqa: E402
+from keras import ops  # noqa: E402
+
+
+def enable_segments(backbone) -> None:
+    """Lets a backbone's padding mask carry segment ids, so that several examples share a row; faster blocks.
+
+    Where the mask holds 0 for padding and 1, 2, … for the row's examples, a token attends to earlier
+    tokens of its own example only. Rotary positions are relative, so each example has the hidden states it has
+    alone. A mask of zeros and ones means what it meant before. With a cache (generation) nothing changes.
+    Norms and attention's softmax compute what they did, on arrays of two axes, and rotations are constants. The
+    inverse is `disable_segments`.
+
+    Args:
+        backbone: KerasHub's `GemmaBackbone` or `Gemma3Backbone`; changed in place.
+    """
+
+    def segment_mask(self, x, padding_mask, *rest, **named) -> Any:
+        cache = named.get("cache", rest[-2] if len(rest) >= 2 else None)
+        if cache is not None or padding_mask is None:
+            return type(self)._compute_attention_mask(self, x, padding_mask, *rest, **named)
+        segments = ops.cast(padding_mask, "int32")  # (B, T)
+        length = ops.shape(x)[1]
+        positions = ops.arange(length, dtype="int32")
+        causal = positions[:, None] >= positions[None, :]  # (T, T)
+        same = ops.equal(segments[:, :, None], segments[:, None, :])  # (B, T, T)
+        return ops.logical_and(ops.logical_and(causal[None], same), segments[:, None, :] > 0)
+
+    for block in backbone.transformer_layers:
+        block._compute_attention_mask = types.MethodType(segment_mask, block)
+        block.attention._compute_attention = types.MethodType(_attention, block.attention)
+    rotations: dict[Any, Any] = {}
+    for layer in backbone._flatten_layers():
+        if type(layer).__name__ == "RMSNormalization":
+            layer.call = types.MethodType(_norm_in_rows, layer)
+        elif type(layer).__name__ == "RotaryEmbedding":
+            layer._compute_cos_sin_embedding = functools.partial(_known_rotation, layer, rotations)
+
+
+def disable_segments(backbone) -> None:
+    """Gives a backbone KerasHub's own blocks back: the inverse of `enable_segments`, to compare with."""
+    for block in backbone.transformer_layers:
+        vars(block).pop("_compute_attention_mask", None)
+        vars(block.attention).pop("_compute_attention", None)
+    for layer in backbone._flatten_layers():
+        if type(layer).__name__ == "RMSNormalization":
+            vars(layer).pop("call", None)
+        vars(layer).pop("_compute_cos_sin_embedding", None)
+
+
+def _norm_in_rows(self, x):
+    """A norm's own `call` on (tokens, width).
+
+    XLA on the CPU (jax 0.10.2) takes up to 25 times as long for the sum of a product over the last axis, which the
+    gradient needs, where the first axis is 1: a batch of one row.
+    """
+    return ops.reshape(type(self).call(self, ops.reshape(x, (-1, x.shape[-1]))), x.shape)
+
+
+def _known_rotation(self, known: dict[Any, Any], inputs, start_index=0, positions=None):
+    """A rotary layer's cosines and sines: constants of the program where it starts at position 0, as in training.
+
+    XLA on the CPU (jax 0.10.2) otherwise computes them anew for every row, head and gradient that they meet.
+
+    Args:
+        known: What layers of one backbone have computed already; changed.
+        inputs, start_index, positions: As in KerasHub's `_compute_cos_sin_embedding`.
+    """
+
+    def own(inputs):
+        return type(self)._compute_cos_sin_embedding(self, inputs, start_index, positions)
+
+    from_zero = isinstance(start_index, int) and start_index == 0 and positions is None
+    if not from_zero or jax.default_backend() != "cpu":
+        return own(inputs)
+    kind = (self.max_wavelength, self.scaling_factor, self.compute_dtype, inputs.shape[1:])
+    if kind not in known:
+        with jax.ensure_compile_time_eval():
+            known[kind] = own(jax.numpy.zeros((1, *inputs.shape[1:])))
+    return known[kind]
+
+
+def attention_scale(layer) -> float:
+    """What a KerasHub attention layer multiplies its queries by."""
+    return (layer.head_dim if layer.query_head_dim_normalize else layer.hidden_dim // layer.num_query_heads) ** -0.5
+
+
+def _attention(self, q, k, v, attention_mask, training=False, cache_update_index=0):
+    """KerasHub's `_compute_attention` with the query's axes left in their order.
+
+    q is (B, T, heads, H), k and v are (B, S, kv_heads, H), the result is (B, T, heads, H). KerasHub forms
+    (B, kv_heads, groups, T, S); with T before the groups, and one kv head as in Gemma 3 270M, nothing has to be
+    transposed. Fused kernels (GPU, TPU) and dropout take KerasHub's own way.
+    While training, `self.rounded_product` forms the products if `FineTuner` has set it.
+    """
+    if self._use_fused_attention_op() or self.dropout or attention_mask is None:
+        return type(self)._compute_attention(self, q, k, v, attention_mask, training, cache_update_index)
+    if self.use_sliding_window_attention:
+        attention_mask = self._mask_sliding_window(attention_mask, cache_update_index=cache_update_index)
+    batch, length, heads, size = q.shape
+    kv_heads, groups, keys = self.num_key_value_heads, heads // self.num_key_value_heads, k.shape[1]
+    q = ops.reshape(q * ops.cast(attention_scale(self), q.dtype), (batch, length, kv_heads, groups, size))
+    q = ops.reshape(ops.transpose(q, (0, 2, 1, 3, 4)), (batch, kv_heads, length * groups, size))
+    k, v = ops.transpose(k, (0, 2, 1, 3)), ops.transpose(v, (0, 2, 1, 3))  # (B, kv_heads, S, H)
+    rounded = getattr(self, "rounded_product", None) if training and q.dtype == "float32" else None
+    product = rounded or ops.matmul
+    if length == 1:  # one token beside a long cache: XLA transposes the right factor, so let that be the query
+        logits = ops.swapaxes(ops.matmul(k, ops.swapaxes(q, 2, 3)), 2, 3)
+    else:
+        logits = product(q, ops.swapaxes(k, 2, 3))
+    if self.logit_soft_cap is not None:
+        logits = ops.tanh(logits / self.logit_soft_cap) * self.logit_soft_cap
+    seen = ops.cast(attention_mask, "bool")[:, None, :, None, :]
+    split = ops.cast(ops.reshape(logits, (batch, kv_heads, length, groups, keys)), "float32")
+    rows = ops.reshape(ops.where(seen, split, -1e9), (-1, keys))  # for the reason of `_norm_in_rows`
+    weights = ops.reshape(ops.cast(self.softmax(rows), logits.dtype), (batch, kv_heads, length * groups, keys))
+    result = ops.reshape(product(weights, v), (batch, kv_heads, length, groups, size))
+    return ops.reshape(ops.transpose(result, (0, 2, 1, 3, 4)), (batch, length, heads, size))
