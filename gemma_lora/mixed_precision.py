@@ -36,8 +36,10 @@ def _dot_of_columns(a: jax.Array, b: jax.Array) -> jax.Array:
         return _rounded_dot(a, b, ((0,), (0,)))
     if a.shape[1] <= b.shape[1]:
         return _rounded_dot(_transposed(a), b, ((1,), (0,)))
-    # Without the barrier XLA would swap the factors again, into a product that it has no code for.
-    return jax.lax.optimization_barrier(_rounded_dot(_transposed(b), a, ((1,), (0,)))).T
+    # Without barriers XLA would swap the factors again, into a product that it has no code for, and make the
+    # transposition part of what the gradient is multiplied with next, which then is formed in float32.
+    barrier = jax.lax.optimization_barrier
+    return barrier(barrier(_rounded_dot(_transposed(b), a, ((1,), (0,)))).T)
 
 
 def _transposed(a: jax.Array) -> jax.Array:

@@ -28,6 +28,7 @@ LAYERS = {
         "bitnet",
         "byte_model",
         "transformer",
+        "blocks",
         "loss",
         "health",
     ],
