@@ -1,7 +1,8 @@
 """Packing: several examples share a row, so that hardly a token is padding.
 
-A row carries segment ids (1, 2, … for its examples, 0 for padding); `blocks.enable_segments` keeps an example
-from seeing its neighbours. All batches have one shape, so XLA compiles the training step once.
+An example of n tokens takes n - 1 places: its last token is only ever a target. A row carries segment ids (1, 2, … for
+its examples, 0 for padding); `blocks.enable_segments` keeps an example from seeing its neighbours. All batches have one
+shape, so XLA compiles the training step once.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-_LOOK_AHEAD = 64  # examples among which one is sought that fits a row's end
+_LOOK_AHEAD = 64  # examples among which those are sought that fill a row best
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Batch:
     """Arrays of shape (rows, row_length).
 
     Invariants: `segment_ids` is 0 on padding; `targets[t]` is the next token of the same example;
-    `weights` is 1 where that next token carries loss, and 0 on an example's last token and on padding.
+    `weights` is 1 where that next token carries loss, and 0 elsewhere and on padding.
     """
 
     token_ids: np.ndarray
@@ -41,7 +42,7 @@ def pack(
     row_length: int,
     seed: int | None = None,
 ) -> list[Batch]:
-    """Puts examples into batches of `rows` × `row_length` tokens, best fit, in a shuffled order.
+    """Puts examples into batches of `rows` × `row_length` tokens, filled as well as can be, in a shuffled order.
 
     Args:
         tokens: One int array an example, `<bos>` first.
@@ -50,44 +51,48 @@ def pack(
         seed: Integer to shuffle by, or None to keep the order.
 
     Returns:
-        The batches. Each example stands in exactly one, whole.
+        The batches. Each example stands in exactly one, whole but for its last token, which is a target.
 
     Raises:
-        ValueError: If an example is longer than `row_length`.
+        ValueError: If an example of n tokens needs more places than `row_length`: n - 1.
+
+    Reference: Krell et al. 2021, "Efficient sequence packing without cross-contamination"
+    (https://arxiv.org/abs/2107.02027), section 3, for the problem. What fills a row is found by a sum over subsets.
     """
-    longest = max((len(t) for t in tokens), default=0)
-    if longest > row_length:
-        raise ValueError(f"`row_length` must hold the longest example ({longest} tokens). Received: {row_length}")
+    needed = [max(len(ids) - 1, 0) for ids in tokens]
+    if (longest := max(needed, default=0)) > row_length:
+        raise ValueError(
+            f"`row_length` must be at least {longest}, for the longest example has {longest + 1} tokens, of which the "
+            f"last is a target only. Received: {row_length}"
+        )
     order = list(range(len(tokens)))
     if seed is not None:
         np.random.default_rng(seed).shuffle(order)
-    batches: list[Batch] = []
+    filled: list[list[int]] = []
     while order:
-        members: list[list[int]] = [[] for _ in range(rows)]
-        free = [row_length] * rows
-        while (found := _best_fit(order, free, tokens)) is not None:
-            place, row = found
-            index = order.pop(place)
-            members[row].append(index)
-            free[row] -= len(tokens[index])
-        batches.append(_fill(members, tokens, loss_masks, row_length))
-    return batches
+        places = _fullest([needed[index] for index in order[:_LOOK_AHEAD]], row_length)
+        filled.append([order[place] for place in places])
+        for place in reversed(places):
+            del order[place]
+    groups = [filled[start : start + rows] for start in range(0, len(filled), rows)]
+    return [_fill(group + [[]] * (rows - len(group)), tokens, loss_masks, row_length) for group in groups]
 
 
-def _best_fit(order: list[int], free: list[int], tokens: Sequence[np.ndarray]) -> tuple[int, int] | None:
-    """`(place in order, row)` of the example to be put next, or None where none of the next ones fits.
+def _fullest(lengths: Sequence[int], room: int) -> list[int]:
+    """The places of those lengths that together come nearest to `room`, in order; the first is always among them.
 
-    The first in the order comes first, so that none waits for ever; where it does not fit, the longest of the next
-    ones that does. It goes to the row it fills best.
+    The first one waits no longer, so that none waits for ever. Of choices that fill as much, early ones are taken.
     """
-    waiting = [(place, len(tokens[index])) for place, index in enumerate(order[:_LOOK_AHEAD])]
-    if not waiting:
-        return None
-    room = max(free)
-    place, length = waiting[0] if waiting[0][1] <= room else max(waiting, key=lambda w: w[1] * (w[1] <= room))
-    if length > room:
-        return None
-    return place, min((row for row in range(len(free)) if free[row] >= length), key=lambda row: free[row])
+    room -= lengths[0]
+    sums = [1]  # after k lengths: an integer whose bit n says that some of them add up to n
+    for length in lengths[1:]:
+        sums.append((sums[-1] | sums[-1] << length) & ((1 << room + 1) - 1))
+    left, chosen = sums[-1].bit_length() - 1, []
+    for place in range(len(lengths) - 1, 0, -1):
+        if not sums[place - 1] >> left & 1:  # not to be had from earlier ones alone
+            chosen.append(place)
+            left -= lengths[place]
+    return [0, *reversed(chosen)]
 
 
 def _fill(current: list[list[int]], tokens, loss_masks, row_length: int) -> Batch:
@@ -98,10 +103,10 @@ def _fill(current: list[list[int]], tokens, loss_masks, row_length: int) -> Batc
         start = 0
         for number, index in enumerate(members, start=1):
             ids, mask = tokens[index], loss_masks[index]
-            end = start + len(ids)
-            token_ids[row, start:end] = ids
-            segments[row, start:end] = number
-            targets[row, start : end - 1] = ids[1:]
-            weights[row, start : end - 1] = mask[1:]
-            start = end
+            here = slice(start, start + len(ids) - 1)
+            token_ids[row, here] = ids[:-1]
+            segments[row, here] = number
+            targets[row, here] = ids[1:]
+            weights[row, here] = mask[1:]
+            start = here.stop
     return Batch(token_ids, segments, targets, weights, sum(map(len, current)))

@@ -1,5 +1,7 @@
 """Packed examples have the hidden states, loss and gradient they have alone."""
 
+import itertools
+
 import jax
 import keras
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 from gemma_lora import lora
 from gemma_lora.blocks import disable_segments
 from gemma_lora.loss import chunked_cross_entropy
-from gemma_lora.packing import pack
+from gemma_lora.packing import _fullest, pack
 
 
 def examples(count=9, seed=0):
@@ -27,14 +29,37 @@ def test_every_example_stands_in_one_row_whole():
             for segment in range(1, batch.segment_ids[row].max() + 1):
                 places = np.flatnonzero(batch.segment_ids[row] == segment)
                 assert (np.diff(places) == 1).all()
-                found.append(tuple(batch.token_ids[row, places]))
+                assert (batch.token_ids[row, places][1:] == batch.targets[row, places][:-1]).all()
+                found.append((*batch.token_ids[row, places], batch.targets[row, places[-1]]))
     assert sorted(found) == sorted(map(tuple, tokens))
     assert sum(b.weights.sum() for b in batches) == sum(m[1:].sum() for m in masks)
 
 
 def test_too_long_an_example_is_an_error():
     with pytest.raises(ValueError, match="row_length"):
-        pack([np.arange(9)], [np.ones(9, bool)], rows=2, row_length=8)
+        pack([np.arange(9)], [np.ones(9, bool)], rows=2, row_length=7)
+    (batch,) = pack([np.arange(9)], [np.ones(9, bool)], rows=1, row_length=8)  # the last token is a target only
+    np.testing.assert_array_equal(batch.targets[0], np.arange(1, 9))
+
+
+def test_rows_are_as_full_as_any_choice_of_examples_makes_them():
+    rng = np.random.default_rng(7)
+    for _ in range(50):
+        lengths, room = rng.integers(1, 20, 8).tolist(), int(rng.integers(20, 60))
+        chosen = _fullest(lengths, room)
+        fills = [
+            sum(lengths[i] for i in (0, *others)) for n in range(8) for others in itertools.combinations(range(1, 8), n)
+        ]
+        assert chosen[0] == 0 and chosen == sorted(set(chosen))
+        assert sum(lengths[i] for i in chosen) == max(fill for fill in fills if fill <= room)
+
+
+def test_hardly_a_place_is_empty():
+    """Lines as long as the expenses': five of them hardly fit into 384 places, and four leave a fifth empty."""
+    rng = np.random.default_rng(8)
+    lengths = np.clip(rng.normal(77, 8, 500).round(), 55, 110).astype(int)
+    batches = pack([np.zeros(n, "int32") for n in lengths], [np.ones(n, bool) for n in lengths], 1, 384, seed=0)
+    assert len(batches) <= 1.01 * -(-sum(lengths - 1) // 384)
 
 
 def test_packed_loss_and_gradient_equal_those_alone(any_gemma):
