@@ -234,17 +234,21 @@ class Plan:
         return {name: getattr(self, name) for name in self.PARTS}
 
 
-def activation_floats(configuration: Configuration, row_length: int) -> int:
+def activation_floats(
+    configuration: Configuration, row_length: int, targets: str | Sequence[str] = "all-linear"
+) -> int:
     """Numbers that one block keeps for the backward pass, a token.
 
     Eight arrays as wide as the model (the residual stream before each half; what goes into and comes out of the
     norms), three of the queries' size and four of the keys' (before and after norm and rotation, and the attention's
-    result), two of the attention weights' (before and after the softmax), and four of the MLP's hidden width (gate,
-    up, the gate's activation, and their product).
+    result), and two of the attention weights' (before and after the softmax). Of the MLP's hidden width gate and up,
+    and what goes into `down` if that is among the trained `targets`: `blocks.gated_gelu` needs no more. In a GPT, up,
+    its activation and a copy.
     """
     c = configuration
     attention = 3 * c.heads * c.head_size + 4 * c.key_value_heads * c.head_size + 2 * c.heads * row_length
-    return 8 * c.width + attention + (4 if c.family != "gpt" else 3) * c.hidden
+    hidden = 3 if c.family == "gpt" or targets == "all-linear" or "down" in targets else 2
+    return 8 * c.width + attention + hidden * c.hidden
 
 
 def plan(
@@ -307,7 +311,7 @@ def plan(
     weights, constants = _weight_bytes(c, method, quantization, size)
     scaled = _outputs(c, targets) if dora and method != "full" else 0
     adapter = 0 if method == "full" else BYTES["float32"] * (trainable + c.layers * scaled)
-    one_block = activation_floats(c, row_length) + scaled
+    one_block = activation_floats(c, row_length, "all-linear" if method == "full" else targets) + scaled
     floats = c.layers * c.width + one_block if remat else c.layers * one_block
     logits = FULL_LOGITS * BYTES["float32"] * c.vocabulary if full_logits else BYTES["float32"] * 2 * c.width
     # Mixed precision holds every frozen kernel and the embedding beside the weights.
