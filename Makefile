@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Lines of train that `make finetune` uses: what two cores learn from in the time there is. `make finetune LIMIT=6000`
 # uses all.
-LIMIT ?= 2000
+LIMIT ?= 2200
 # What `make latest` runs of the unit tests.
 TESTS ?= tests
 LATEST := .venv-latest/bin/python
