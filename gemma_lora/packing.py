@@ -103,7 +103,7 @@ def _fill(current: list[list[int]], tokens, loss_masks, row_length: int) -> Batc
         start = 0
         for number, index in enumerate(members, start=1):
             ids, mask = tokens[index], loss_masks[index]
-            here = slice(start, start + len(ids) - 1)
+            here = slice(start, start + len(ids[1:]))
             token_ids[row, here] = ids[:-1]
             segments[row, here] = number
             targets[row, here] = ids[1:]
