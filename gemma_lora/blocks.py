@@ -198,8 +198,8 @@ def _attention(self, q, k, v, attention_mask, training=False, cache_update_index
 def _stretches(length: int) -> list[tuple[int, int]]:
     """`(start, end)` of up to four stretches of positions, each of at least 192.
 
-    With n stretches (n + 1) / 2n of the products are left. On two cores two of 192 positions cost no more than three
-    of 128, and two of 128 no less than one of 256.
+    With n stretches (n + 1) / 2n of the products are left. On two cores three of 128 positions were no faster than two
+    of 192, and two of 128 no faster than one of 256.
     """
     size = -(-length // max(1, min(4, length // 192)))
     return [(start, min(start + size, length)) for start in range(0, length, size)]

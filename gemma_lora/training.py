@@ -182,8 +182,8 @@ class FineTuner(keras.Model):
             bfloat16 with sums in float32, which is faster on processors with AVX512-BF16 or AMX; see
             `chunked_cross_entropy`. Rounded copies of the frozen weights are kept for it. A, B, DoRA's magnitude and
             norms and the optimizer stay float32, and so does everything outside training.
-        filter_gradient: If True, blocks of the vocabulary that have next to no share in any token's softmax are left
-            out of the loss's gradient; see `chunked_cross_entropy`. By default as `mixed_precision`.
+        filter_gradient: If True, blocks of the vocabulary are left out of the gradient of tokens in whose softmax they
+            have next to no share; see `chunked_cross_entropy`. By default as `mixed_precision`.
         checkpoint_seconds: Float, seconds between checkpoints.
         seed: Integer, the order of the examples.
 
