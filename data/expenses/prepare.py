@@ -307,7 +307,7 @@ class Maker:
         rng = self.rng
         kind = self.kinds[locale].deal()
         kind = "named" if "missing_year" in noise and kind == "iso" else kind
-        form = rng.choice(ln.date_patterns(locale, "missing_year" not in noise)[kind])
+        form = rng.choice(self.date_forms(locale, kind, "missing_year" not in noise))
         when = ln.render_date(rng, day, form, locale)
         amount = ln.draw_amount(rng, currency)
         tight = bool(re.search(r"\{[adm]\}\W*\{[ad]\}|\{[ad]\}\W*\{[adm]\}", pattern)) or "tips_taxes" in noise
@@ -327,6 +327,14 @@ class Maker:
         order = ln.date_order(form) if ln.needs_order(form, day) else None
         text = self.assemble(pattern, {"d": when, "a": money, "m": name}, noise, language) + note
         return self.frame(text, home if order and not unstated else currency, order, unstated, noise, day), amount
+
+    def date_forms(self, locale: str, kind: str, year: bool) -> list[str]:
+        """The date patterns that a line of this kind draws from."""
+        return ln.date_patterns(locale, year)[kind]
+
+    def reference(self, day: date) -> date:
+        """The day on which a line without a year was written."""
+        return ln.reference_after(self.rng, day)
 
     def assemble(self, pattern: str, fields: dict[str, str], noise, language: str) -> str:
         """Fills the pattern and adds abbreviations and extra words."""
@@ -352,7 +360,7 @@ class Maker:
         if "missing_year" in noise:
             notes.append(
                 rng.choice(["[today {r}]", "[today {r}]", "(today: {r})", "[ref. date {r}]"]).format(
-                    r=ln.reference_after(rng, day).isoformat()
+                    r=self.reference(day).isoformat()
                 )
             )
         for note in notes:
