@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from gemma_lora.files import GemmaLoraError, require_writable, write_json_atomic
+from gemma_lora.files import GemmaLoraError, require_writable, write_json_atomic, write_text_atomic
 from gemma_lora.hardware import keep_freed_memory
 
 app = typer.Typer(
@@ -144,6 +145,10 @@ def evaluate(
     quantization: Annotated[_Quantization | None, _QUANTIZATION] = None,
     double_quant: Annotated[bool, _DOUBLE_QUANT] = False,
     output: Annotated[Path | None, typer.Option(help="Where the scores go, as JSON.")] = None,
+    answers: Annotated[
+        Path | None,
+        typer.Option(help="Where every line goes with its answer and whether that is right, as JSONL."),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")] = 128,
     skip_bad_lines: Annotated[
         bool, typer.Option("--skip-bad-lines", help="Count bad lines instead of stopping.")
@@ -155,12 +160,17 @@ def evaluate(
 ) -> None:
     """Score an adapter (or the base model) on any file."""
     from gemma_lora.evaluation import evaluate as score
+    from gemma_lora.evaluation import is_match
     from gemma_lora.formats import BadLines, read_jsonl
     from gemma_lora.hardware import has_fast_bfloat16
     from gemma_lora.job import progress_bar
 
-    if output is not None:
-        require_writable(output, "--output")
+    for path, option, taken in ((output, "--output", (data,)), (answers, "--answers", (data, output))):
+        if path is None:
+            continue
+        if path.resolve() in [other.resolve() for other in taken if other is not None]:
+            raise GemmaLoraError(f"{path}: is given twice, and would be overwritten. Give another {option}.")
+        require_writable(path, option)
     bad = BadLines(skip_bad_lines)
     examples = read_jsonl(data, bad=bad)
     bad.finish()
@@ -171,11 +181,16 @@ def evaluate(
     loaded = _load(model, adapter, quantization, double_quant)
     rounds = has_fast_bfloat16() if mixed_precision is None else mixed_precision
     with progress_bar(Console(stderr=True), str(data), len(examples)) as advance:
-        scores = score(
-            loaded, examples, max_new_tokens=max_new_tokens, on_progress=advance, mixed_precision=rounds
-        ).to_dict()
+        found = score(loaded, examples, max_new_tokens=max_new_tokens, on_progress=advance, mixed_precision=rounds)
+    scores = found.to_dict()
     if output is not None:
         write_json_atomic(output, scores)
+    if answers is not None:
+        rows = []
+        for line, answer in zip(examples, found.answers, strict=True):
+            known = {"prompt": line.prompt, "response": line.response}
+            rows.append(known | {"answer": answer, "right": is_match(answer, line.response)})
+        write_text_atomic(answers, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     typer.echo(f"exact match {100 * scores['exact_match']:.1f} % of {scores['count']}")
     for field, value in scores["fields"].items():
         typer.echo(f"  {field}: {100 * value:.1f} %")

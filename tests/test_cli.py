@@ -137,6 +137,10 @@ BAD = {
     "an encoding": ("generate --quantization int3 hi", ["int3", "nf4", "gguf"]),
     "double quantization of nothing": ("finetune --double-quant", ["--double-quant", "--quantization nf4"]),
     "double quantization of int8": ("generate --quantization int8 --double-quant hi", ["--quantization nf4"]),
+    "place for answers": ("evaluate --data good.jsonl --answers bad.jsonl/a.jsonl", ["a.jsonl", "--answers"]),
+    "answers over the data": ("evaluate --data good.jsonl --answers ./good.jsonl", ["good.jsonl", "--answers"]),
+    "scores over the data": ("evaluate --data good.jsonl --output good.jsonl", ["good.jsonl", "--output"]),
+    "both in one file": ("evaluate --data good.jsonl --output a.json --answers a.json", ["a.json", "--answers"]),
     "place for scores": ("evaluate --data good.jsonl --output bad.jsonl/s.json", ["bad.jsonl/s.json", "--output"]),
     "place for a run": ("finetune --data good.jsonl --run-dir bad.jsonl/run", ["bad.jsonl/run", "--run-dir"]),
 }
@@ -236,6 +240,21 @@ def test_evaluate_writes_the_share_of_right_answers(command, small, adapter, tmp
     assert (written["exact_match"], written["count"]) == (0.75, 4)
     assert "exact match 75.0 % of 4" in out
     assert f"skipped: 1 in {path}" in err  # left out, but not in silence
+
+
+def test_evaluate_writes_every_line_with_its_answer(command, small, adapter, tmp_path):
+    prompts = ["one", "zwölf", "third"]
+    given = answers_of(adapter, prompts)
+    rows = [{"prompt": p, "response": a} for p, a in zip(prompts, given, strict=True)]
+    rows[1]["response"] += " wrong"
+    path, answers = jsonl(tmp_path / "data.jsonl", *rows), tmp_path / "new" / "answers.jsonl"
+    arguments = ("evaluate", "--adapter", adapter, "--data", path, "--answers", answers, "--max-new-tokens", 6)
+    status, _, err = command(*arguments, "--no-mixed-precision")
+    assert status == 0, err
+    written = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
+    rights = [True, False, True]
+    more = [{"answer": answer, "right": right} for answer, right in zip(given, rights, strict=True)]
+    assert written == [row | of for row, of in zip(rows, more, strict=True)]
 
 
 @pytest.mark.parametrize("fast", [False, True])
