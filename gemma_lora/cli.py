@@ -136,7 +136,7 @@ def generate(
 
 @app.command(
     epilog="Example: `gemma-lora evaluate --adapter runs/expenses/adapter --data data/expenses/test.jsonl "
-    "--output scores.json`"
+    "--output scores.json --answers answers.jsonl`"
 )
 def evaluate(
     data: Annotated[Path, typer.Option(help="A JSONL file whose responses are the right answers.")],
