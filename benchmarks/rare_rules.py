@@ -6,7 +6,8 @@ each:
 - `as built`: the first lines of data/expenses' train split;
 - `half rules`: lines built in the same way and chosen so that nearly half follow one of two rules, each in its two
   cases equally often: a numeric date with the day or the month first, as a note says; a date without a year, whose
-  year is that of the day it was written on or the year before.
+  year is that of the day it was written on or the year before. Half of the lines without a year were written on any
+  day of the year that followed; of those of `as built`, half within a month.
 
 All answer the same lines, which none was trained on: `validation`, `validation_unseen` and the last 600 of train.
 Kept are the wrong answers, by prompt, and how often a training set shows each kind of line. The test splits are not
@@ -21,7 +22,6 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
-import importlib.util
 import json
 import os
 import re
@@ -47,19 +47,10 @@ def kind_of(prompt: str, response: str) -> str:
     return "other"
 
 
-def prepare_module():
-    """data/expenses/prepare.py, which is a script and not in a package."""
-    path = ROOT / "data/expenses/prepare.py"
-    specification = importlib.util.spec_from_file_location("expenses_prepare", path)
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[specification.name] = module
-    specification.loader.exec_module(module)
-    return module
-
-
 def half_rules(count: int, without: set[str]) -> list[dict[str, str]]:
     """So many lines with kinds in `SHARES`, any prefix as well; no prompt twice, and none of `without`."""
-    prepare = prepare_module()
+    sys.path.append(str(ROOT / "data/expenses"))
+    import prepare
 
     class Maker(prepare.Maker):
         def __init__(self):

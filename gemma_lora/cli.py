@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from gemma_lora.files import GemmaLoraError, require_writable, write_json_atomic, write_text_atomic
+from gemma_lora.files import GemmaLoraError, require_writable, write_json_atomic, write_jsonl_atomic
 from gemma_lora.hardware import keep_freed_memory
 
 app = typer.Typer(
@@ -190,7 +189,7 @@ def evaluate(
         for line, answer in zip(examples, found.answers, strict=True):
             known = {"prompt": line.prompt, "response": line.response}
             rows.append(known | {"answer": answer, "right": is_match(answer, line.response)})
-        write_text_atomic(answers, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_jsonl_atomic(answers, rows)
     typer.echo(f"exact match {100 * scores['exact_match']:.1f} % of {scores['count']}")
     for field, value in scores["fields"].items():
         typer.echo(f"  {field}: {100 * value:.1f} %")

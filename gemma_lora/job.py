@@ -19,7 +19,7 @@ from gemma_lora import data as data_module
 from gemma_lora.checkpoint import FILE as CHECKPOINT
 from gemma_lora.checkpoint import changed_settings
 from gemma_lora.evaluation import Scores, english_text, few_shot_template, perplexity, score
-from gemma_lora.files import GemmaLoraError, require_writable, write_json_atomic, write_text_atomic
+from gemma_lora.files import GemmaLoraError, require_writable, write_json_atomic, write_jsonl_atomic
 from gemma_lora.gemma import BUILTIN_NAME, BUILTIN_NOTE, load_gemma
 from gemma_lora.generation import generate
 from gemma_lora.hardware import has_fast_bfloat16, machine, peak_memory_bytes, use_compilation_cache
@@ -291,8 +291,7 @@ def _answer_rows(tests, before: dict[str, Scores], after: dict[str, Scores]) -> 
 def _write_run(run_dir: Path, metrics, log_rows, rows: list[dict[str, str]]) -> None:
     from gemma_lora.plots import loss_curve, save_figure
 
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    write_text_atomic(run_dir / "answers.jsonl", "".join(lines))
+    write_jsonl_atomic(run_dir / "answers.jsonl", rows)
     save_figure(loss_curve([row["loss"] for row in log_rows]), run_dir / "loss.png")
     # Last, for it says that the run is finished.
     write_json_atomic(run_dir / "metrics.json", metrics)
