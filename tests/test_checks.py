@@ -68,6 +68,10 @@ RIGHT = {
         merge_einsum,
     ],
     "json_match": [parsed_equal, every_field_equal],
+    "points_to_gain": [
+        lambda kinds, right, kind: 100 * np.mean((kinds == kind) & ~right),
+        lambda kinds, right, kind: 100 * sum(not right[i] for i in np.flatnonzero(kinds == kind)) / len(right),
+    ],
 }
 
 #: Exercise -> plausible wrong functions, and a word of what the checker says about each.
@@ -113,6 +117,16 @@ WRONG = {
             lambda answer, reference: all(part in answer for part in json.loads(reference).values()),
             "expected",
         ),
+    ],
+    "points_to_gain": [
+        (lambda kinds, right, kind: 100 * np.mean(~right[kinds == kind]), "hundredth of all lines"),
+        (lambda kinds, right, kind: 100 * np.mean(~right[kinds == kind]) / 2, "expected"),
+        (lambda kinds, right, kind: 100 * np.mean((kinds == kind)[~right]), "number of wrong answers"),
+        (lambda kinds, right, kind: 100 * np.mean(kinds == kind), "right already"),
+        (lambda kinds, right, kind: 100 * np.mean(right & (kinds == kind)), "not the wrong ones"),
+        (lambda kinds, right, kind: 100 * (1 - np.mean(~right & (kinds != kind))), "afterwards"),
+        (lambda kinds, right, kind: np.mean(~right & (kinds == kind)), "100 points"),
+        (lambda kinds, right, kind: right[kinds], "raised IndexError"),
     ],
 }
 

@@ -43,6 +43,14 @@ def test_what_finetuning_changed_has_a_row_a_split_and_a_dash_for_what_was_not_s
     ]
 
 
+def test_the_kept_adapter_is_of_the_run_that_is_reported(tables):
+    record = json.loads((tables.RESULTS / "finetune.json").read_text())
+    kept = {
+        name: json.loads((ROOT / f"data/expenses/adapter/{name}.json").read_text()) for name in ("metrics", "settings")
+    }
+    assert kept["metrics"] == record["metrics"] and kept["settings"] == record["settings"]
+
+
 def test_methods_show_the_best_rate_the_spread_of_seeds_and_a_dash_for_what_was_not_run(tables):
     def run(share, rate=5e-4, loss=0.03, **more):
         scores = {split: {"exact_match": share} for split in ("validation", "validation_unseen", "test", "test_unseen")}

@@ -68,6 +68,7 @@ from gemma_lora.checks.lesson_08 import (
     lora_parameters,
     loss_weights,
     merge,
+    points_to_gain,
     segment_mask,
 )
 from gemma_lora.checks.lesson_09 import (
@@ -144,6 +145,7 @@ __all__ = [
     "packed_megabytes_by_hand",
     "perplexity_by_hand",
     "perplexity_from_logits",
+    "points_to_gain",
     "qat_step",
     "rank_by_hand",
     "rank_for_energy",

@@ -215,3 +215,40 @@ def json_match(function: Callable) -> None:
         "a field too many passes": by_fields,
     }
     verdict("json_match", function, cases, right, slips)
+
+
+def points_to_gain(function: Callable) -> None:
+    """Checks `function(kinds, right, kind)`: points of exact match that a kind's wrong answers cost, of all lines."""
+    rng = np.random.default_rng(_SEED)
+    names = np.array(["no year", "month first", "other"])
+    cases: list[dict[str, Any]] = []
+    for _ in range(8):
+        kinds = np.concatenate([names, rng.choice(names, int(rng.integers(3, 20)), p=(0.2, 0.2, 0.6))])
+        often = rng.uniform(0.2, 0.9, len(names))
+        right = rng.random(len(kinds)) < often[[list(names).index(kind) for kind in kinds]]
+        right[rng.integers(len(right))] = False
+        cases += [{"kinds": kinds, "right": right, "kind": str(kind)} for kind in names]
+
+    def reference(kinds, right, kind):
+        mended = [bool(ok) or of == kind for of, ok in zip(kinds, right, strict=True)]
+        return 100 * (sum(mended) - sum(map(bool, right))) / len(kinds)
+
+    slips = {
+        "it is the kind's share of wrong answers; a point is a hundredth of all lines": lambda kinds, right, kind: (
+            100 * np.mean(~right[kinds == kind])
+        ),
+        "it is divided by the number of wrong answers, not of lines": lambda kinds, right, kind: (
+            100 * np.sum(~right & (kinds == kind)) / np.sum(~right)
+        ),
+        "the answers that are right already are counted as a gain": lambda kinds, right, kind: (
+            100 * np.mean(kinds == kind)
+        ),
+        "the right answers are counted, not the wrong ones": lambda kinds, right, kind: (
+            100 * np.mean(right & (kinds == kind))
+        ),
+        "exact match afterwards is returned; the gain is what is added": lambda kinds, right, kind: (
+            100 * np.mean(right | (kinds == kind))
+        ),
+        "a share is returned; there are 100 points": lambda kinds, right, kind: np.mean(~right & (kinds == kind)),
+    }
+    verdict("points_to_gain", function, cases, reference, slips)
