@@ -218,7 +218,10 @@ def json_match(function: Callable) -> None:
 
 
 def points_to_gain(function: Callable) -> None:
-    """Checks `function(kinds, right, kind)`: points of exact match that a kind's wrong answers cost, of all lines."""
+    """Checks `function(kinds, right, kind)`: points of exact match over all lines that a kind's wrong answers cost.
+
+    `kinds` is an array of text and `right` one of booleans, both (lines,); `kind` is one of the kinds.
+    """
     rng = np.random.default_rng(_SEED)
     names = np.array(["no year", "month first", "other"])
     cases: list[dict[str, Any]] = []
