@@ -43,7 +43,8 @@ METHODS: dict[str, dict[str, Any]] = {
 
 def attach(model, method: str) -> None:
     """Gives the model what the method trains, in place of anything it has."""
-    from gemma_lora import adapters, lora
+    from gemma_lora.lora import houlsby as adapters
+    from gemma_lora.lora import layer as lora
 
     lora.detach_lora(model)
     adapters.remove_adapters(model)
@@ -54,7 +55,7 @@ def attach(model, method: str) -> None:
 
 def scores(model, examples, template) -> dict[str, float]:
     """Loss and teacher-forced exact match of a model on some lines."""
-    from gemma_lora import evaluation
+    from gemma_lora.generation import evaluation
 
     return dataclasses.asdict(evaluation.teacher_forced(model, examples, template, ROW_LENGTH))
 
@@ -65,7 +66,7 @@ def run(model, dataset, method: str, rate: float, lines: int, best: float) -> di
     import keras
 
     import gemma_lora as gl
-    from gemma_lora import data
+    from gemma_lora.data import dataset as data
 
     attach(model, method)
     tuner = gl.FineTuner(model, learning_rate=rate, rows=1, row_length=ROW_LENGTH, seed=SEED)
@@ -103,9 +104,9 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/adapters.json")
     chosen = parser.parse_args()
     import gemma_lora as gl
-    from gemma_lora.files import write_json_atomic
-    from gemma_lora.hardware import machine
-    from gemma_lora.job import versions
+    from gemma_lora.base.files import write_json_atomic
+    from gemma_lora.base.hardware import machine
+    from gemma_lora.job.finetuning import versions
 
     settings = {"lines": chosen.lines, "row_length": ROW_LENGTH, "rows": 1, "seed": SEED, "precision": "float32"}
     record = {"runs": [], "settings": settings, "methods": METHODS, "machine": machine(), "versions": versions()}

@@ -68,8 +68,8 @@ def run_one(run: dict) -> dict:
     """Trains one model, and measures it on both held-out parts."""
     import numpy as np
 
-    from gemma_lora import byte_model
-    from gemma_lora.bitnet import BitLinear, NormLinear
+    from gemma_lora.course import byte_model
+    from gemma_lora.layers.bitnet import BitLinear, NormLinear
 
     texts = byte_model.read_topics()
     linear = BitLinear if run["kind"] == "bitnet" else NormLinear
@@ -101,9 +101,9 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=600, help="no run is begun after so many minutes")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/bitnet.json")
     chosen = parser.parse_args()
-    from gemma_lora.files import write_json_atomic
-    from gemma_lora.hardware import machine
-    from gemma_lora.job import versions
+    from gemma_lora.base.files import write_json_atomic
+    from gemma_lora.base.hardware import machine
+    from gemma_lora.job.finetuning import versions
 
     runs = json.loads(chosen.output.read_text())["runs"] if chosen.output.exists() else []
     end = time.monotonic() + 60 * chosen.minutes

@@ -38,8 +38,9 @@ ENCODINGS: dict[str, dict[str, Any]] = {
 
 def sizes(model) -> dict[str, float]:
     """Bytes and bits a weight of the linear layers and of the embedding, whether packed or not."""
-    from gemma_lora import lora, qlora
-    from gemma_lora.linear import matrix_shape
+    from gemma_lora.layers.linear import matrix_shape
+    from gemma_lora.lora import layer as lora
+    from gemma_lora.lora import qlora
 
     count = sum(math.prod(matrix_shape(layer)) for _, _, layer in lora.linear_layers(model))
     table = model.backbone.token_embedding
@@ -69,8 +70,8 @@ def block_losses(model, text: str, window: int = WINDOW, block: int = BLOCK) -> 
     import keras
     import numpy as np
 
-    from gemma_lora.loss import token_scores
-    from gemma_lora.qlora import head_table
+    from gemma_lora.layers.loss import token_scores
+    from gemma_lora.lora.qlora import head_table
 
     tokenizer = model.preprocessor.tokenizer
     ids = np.asarray(tokenizer.tokenize(text), np.int32)
@@ -103,7 +104,8 @@ def block_losses(model, text: str, window: int = WINDOW, block: int = BLOCK) -> 
 def measure(name: str) -> dict[str, Any]:
     """One encoding, in this process."""
     import gemma_lora as gl
-    from gemma_lora import evaluation, hardware
+    from gemma_lora.base import hardware
+    from gemma_lora.generation import evaluation
 
     hardware.use_compilation_cache()
     model = gl.load_gemma(**ENCODINGS[name])
@@ -139,10 +141,10 @@ def main() -> int:
     if chosen.one:
         one_process.report(measure(chosen.one))
         return 0
-    from gemma_lora import gemma
-    from gemma_lora.files import write_json_atomic
-    from gemma_lora.hardware import machine
-    from gemma_lora.job import versions
+    from gemma_lora.base.files import write_json_atomic
+    from gemma_lora.base.hardware import machine
+    from gemma_lora.gemma import load as gemma
+    from gemma_lora.job.finetuning import versions
 
     results = json.loads(chosen.output.read_text())["results"] if chosen.output.exists() else {}
     for name in chosen.only:

@@ -32,7 +32,7 @@ def prompts(count: int, tokenizer) -> tuple[list, list[int]]:
     import numpy as np
 
     import gemma_lora as gl
-    from gemma_lora.data import encode_prompt
+    from gemma_lora.data.dataset import encode_prompt
 
     dataset = gl.load_dataset(ROOT / "data/expenses")
     lines = [encode_prompt(e.prompt, tokenizer, dataset.template) for e in dataset.validation[:count]]
@@ -42,7 +42,7 @@ def prompts(count: int, tokenizer) -> tuple[list, list[int]]:
 
 def ours(peer: str, count: int) -> Answers:
     import gemma_lora as gl
-    from gemma_lora.generation import generate_tokens
+    from gemma_lora.generation.engine import generate_tokens
 
     model = gl.load_adapter(gl.load_gemma(), ADAPTER)
     tokens, stops = prompts(count, model.preprocessor.tokenizer)
@@ -56,7 +56,8 @@ def keras_hub(peer: str, count: int) -> Answers:
     import numpy as np
 
     import gemma_lora as gl
-    from gemma_lora import blocks, lora
+    from gemma_lora.gemma import blocks
+    from gemma_lora.lora import layer as lora
 
     model = gl.load_adapter(gl.load_gemma(), ADAPTER)
     tokens, stops = prompts(count, model.preprocessor.tokenizer)
@@ -84,7 +85,8 @@ def hugging_face(peer: str, count: int) -> Answers:
     import transformers
     from peft import PeftModel
 
-    from gemma_lora import gemma, gguf
+    from gemma_lora.gemma import gguf
+    from gemma_lora.gemma import load as gemma
 
     hub, path = gemma.import_keras_hub(), gemma.builtin_gguf()
     tokenizer = hub.tokenizers.Gemma3Tokenizer(proto=gguf.read_index(path).tokenizer, has_vision_tokens=False)
@@ -115,7 +117,7 @@ def until_stop(row: list[int], stops: list[int]) -> list[int]:
 
 def run_one(peer: str, repeats: int, count: int) -> dict:
     """Measures one peer in this process."""
-    from gemma_lora.hardware import keep_freed_memory, peak_memory_bytes
+    from gemma_lora.base.hardware import keep_freed_memory, peak_memory_bytes
 
     prepare = ours if peer.startswith("ours") else keras_hub if peer == "keras_hub" else hugging_face
     if prepare is ours:

@@ -39,7 +39,9 @@ def chosen_lines(examples: list, count: int, seed: int) -> list:
 def run_one(count: int, seed: int, rate: float) -> dict[str, Any]:
     """One training in this process, scored."""
     import gemma_lora as gl
-    from gemma_lora import data, evaluation, hardware
+    from gemma_lora.base import hardware
+    from gemma_lora.data import dataset as data
+    from gemma_lora.generation import evaluation
 
     hardware.use_compilation_cache()
     dataset = gl.load_dataset(ROOT / "data/expenses")
@@ -60,9 +62,9 @@ def run_one(count: int, seed: int, rate: float) -> dict[str, Any]:
 
 def write(path: Path, runs: dict[str, dict], rate: float) -> None:
     """Writes the runs that are there, by lines and seed, with the machine and the versions."""
-    from gemma_lora.files import write_json_atomic
-    from gemma_lora.hardware import machine
-    from gemma_lora.job import versions
+    from gemma_lora.base.files import write_json_atomic
+    from gemma_lora.base.hardware import machine
+    from gemma_lora.job.finetuning import versions
 
     settings = {"rank": RANK, "targets": "all-linear", "learning_rate": rate, "row_length": ROW_LENGTH}
     ordered = {f"{n}/{seed}": runs[f"{n}/{seed}"] for n in COUNTS for seed in SEEDS if f"{n}/{seed}" in runs}
@@ -71,7 +73,7 @@ def write(path: Path, runs: dict[str, dict], rate: float) -> None:
 
 def main() -> int:
     """Makes the runs that are missing, small ones first, and writes the JSON after each."""
-    from gemma_lora.job import Settings
+    from gemma_lora.job.finetuning import Settings
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--most", type=int, default=COUNTS[-1], help="leave out runs with more lines")

@@ -42,7 +42,9 @@ def lines(count: int, tokenizer=None):
     import numpy as np
 
     import gemma_lora as gl
-    from gemma_lora import data, gemma, gguf
+    from gemma_lora.data import dataset as data
+    from gemma_lora.gemma import gguf
+    from gemma_lora.gemma import load as gemma
 
     dataset = gl.load_dataset(ROOT / "data/expenses")
     if tokenizer is None:
@@ -89,13 +91,14 @@ def full_batch(stream):
 
 
 def run_ours(peer: str, repeats: int, count: int) -> dict:
-    from gemma_lora.hardware import keep_freed_memory, peak_memory_bytes
+    from gemma_lora.base.hardware import keep_freed_memory, peak_memory_bytes
 
     keep_freed_memory()  # as `gemma-lora finetune` does, before JAX is there
     import numpy as np
 
     import gemma_lora as gl
-    from gemma_lora import packing, training
+    from gemma_lora.data import packing
+    from gemma_lora.training import tuner as training
 
     model = gl.load_gemma()
     encoded, stream = lines(count, model.preprocessor.tokenizer)
@@ -138,8 +141,8 @@ def run_keras_hub(peer: str, repeats: int, count: int) -> dict:
     import numpy as np
 
     import gemma_lora as gl
-    from gemma_lora import blocks
-    from gemma_lora.hardware import peak_memory_bytes
+    from gemma_lora.base.hardware import peak_memory_bytes
+    from gemma_lora.gemma import blocks
 
     model = gl.load_gemma()
     encoded, stream = lines(count, model.preprocessor.tokenizer)
@@ -188,8 +191,8 @@ def run_peft(peer: str, repeats: int, count: int) -> dict:
     import transformers
     from peft import LoraConfig, get_peft_model
 
-    from gemma_lora import gemma
-    from gemma_lora.hardware import peak_memory_bytes
+    from gemma_lora.base.hardware import peak_memory_bytes
+    from gemma_lora.gemma import load as gemma
 
     encoded, stream = lines(count)
     torch.set_num_threads(os.cpu_count() or 2)

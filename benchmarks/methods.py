@@ -99,7 +99,7 @@ def is_mixed(kind: str, method: str) -> bool:
     """Whether this machine makes this run in mixed precision. Time is measured in float32."""
     import jax
 
-    from gemma_lora import hardware
+    from gemma_lora.base import hardware
 
     possible = method not in ("full", "int8_keras")  # trained kernels, and layers that are not ours, stay float32
     gains = jax.default_backend() == "cpu" and hardware.has_fast_bfloat16()
@@ -109,7 +109,7 @@ def is_mixed(kind: str, method: str) -> bool:
 def prepared(method: str, seed: int):
     """The model with what the method trains, everything else frozen."""
     import gemma_lora as gl
-    from gemma_lora import adapters
+    from gemma_lora.lora import houlsby as adapters
 
     settings = METHODS[method]
     quantization = settings.get("quantization")
@@ -130,7 +130,7 @@ def keras_int8_lora(model, rank: int, seed: int) -> None:
     """Keras's own way on the linear layers: `quantize("int8")`, then `enable_lora`; what gets wrong gradients."""
     import keras
 
-    from gemma_lora import lora
+    from gemma_lora.lora import layer as lora
 
     keras.utils.set_random_seed(seed)
     layers = [layer for _, _, layer in lora.linear_layers(model)]
@@ -149,7 +149,7 @@ def trained(
     import short_training
 
     import gemma_lora as gl
-    from gemma_lora import evaluation
+    from gemma_lora.generation import evaluation
 
     tuner = gl.FineTuner(model, learning_rate=rate, row_length=ROW_LENGTH, seed=seed, mixed_precision=mixed)
     progress: dict[str, float] = {}
@@ -188,7 +188,9 @@ def run_one(kind: str, method: str, value: float, rate: float) -> dict[str, Any]
     import short_training
 
     import gemma_lora as gl
-    from gemma_lora import data, evaluation, hardware
+    from gemma_lora.base import hardware
+    from gemma_lora.data import dataset as data
+    from gemma_lora.generation import evaluation
 
     hardware.use_compilation_cache()
     seed = SEEDS[0] if kind == "rate" else int(value)
@@ -225,9 +227,9 @@ def run_one(kind: str, method: str, value: float, rate: float) -> dict[str, Any]
 
 def write(path: Path, runs: dict[str, dict]) -> None:
     """Writes the runs that are there, in the order of the plan, with the machine and the versions of the last."""
-    from gemma_lora.files import write_json_atomic
-    from gemma_lora.hardware import machine
-    from gemma_lora.job import versions
+    from gemma_lora.base.files import write_json_atomic
+    from gemma_lora.base.hardware import machine
+    from gemma_lora.job.finetuning import versions
 
     order = [name_of(*run) for run in planned()] + [f"time/{method}/0" for method in METHODS]
     settings = {"row_length": ROW_LENGTH, "lines": LINES, "validation_lines": VALIDATION, "on_the_way": ON_THE_WAY}

@@ -158,9 +158,9 @@ def compare_peers(
     Returns:
         The script's exit status. A peer that fails ends the comparison after its group.
     """
-    from gemma_lora.files import write_json_atomic
-    from gemma_lora.hardware import machine
-    from gemma_lora.job import versions
+    from gemma_lora.base.files import write_json_atomic
+    from gemma_lora.base.hardware import machine
+    from gemma_lora.job.finetuning import versions
 
     found = versions()
     for name in ("torch", "transformers", "peft"):

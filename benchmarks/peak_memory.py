@@ -40,7 +40,7 @@ def measure(setting: dict) -> dict:
     import numpy as np
 
     import gemma_lora as gl
-    from gemma_lora import hardware
+    from gemma_lora.base import hardware
 
     named = dict(setting)
     quantization = named.pop("quantization", "nf4") if named.pop("method", "lora") == "qlora" else None
@@ -68,10 +68,10 @@ def main() -> int:
     if chosen.one:
         one_process.report(measure(SETTINGS[chosen.one]))
         return 0
-    from gemma_lora import memory
-    from gemma_lora.files import write_json_atomic
-    from gemma_lora.hardware import machine
-    from gemma_lora.job import versions
+    from gemma_lora.base.files import write_json_atomic
+    from gemma_lora.base.hardware import machine
+    from gemma_lora.gemma import memory
+    from gemma_lora.job.finetuning import versions
 
     record = json.loads(chosen.output.read_text()) if chosen.output.is_file() else {"results": {}}
     for name in chosen.settings:

@@ -78,7 +78,7 @@ class Scorer:
 
 def quantizers() -> dict:
     """`{name: quantizer}` of the formats."""
-    from gemma_lora import ptq
+    from gemma_lora.lora import ptq
 
     spreads = {"per tensor": {}, "per channel": {"axis": 0}, f"per block of {BLOCK}": {"block_size": BLOCK}}
     found = {"bfloat16": ptq.floats("bfloat16"), "float16": ptq.floats("float16")}
@@ -92,7 +92,7 @@ def quantizers() -> dict:
 
 def format_runs(scorer):
     """`(name, run)` for every format, kernels alone and with the embedding."""
-    from gemma_lora import ptq
+    from gemma_lora.lora import ptq
 
     sets = {"kernels": list(ptq.TARGETS), "kernels and embedding": list(ptq.KINDS)}
     for scope, kinds in sets.items():
@@ -102,7 +102,7 @@ def format_runs(scorer):
 
 def kind_runs(scorer):
     """`(name, run)` for one kind of layer at a time."""
-    from gemma_lora import ptq
+    from gemma_lora.lora import ptq
 
     for kind in ptq.KINDS:
         quantizer = ptq.integers(4, axis=0)
@@ -111,7 +111,7 @@ def kind_runs(scorer):
 
 def weights_run(scorer, quantizer, kinds):
     """Losses and size with the kernels of these kinds quantized."""
-    from gemma_lora import ptq
+    from gemma_lora.lora import ptq
 
     with ptq.quantize_kernels(scorer.model, quantizer, kinds) as quantized:
         size = {"parameters": quantized.parameters, "bytes": quantized.nbytes}
@@ -122,7 +122,7 @@ def activation_runs(scorer):
     """`(name, run)` for 8-bit inputs of all linear layers: a static range by four methods, and one for each token."""
     from sklearn.datasets import load_digits
 
-    from gemma_lora.quantization import calibrate, fake_quantize
+    from gemma_lora.quantization.integers import calibrate, fake_quantize
 
     seen: dict = {}
 
@@ -148,7 +148,7 @@ def activations(model, text: str, tokens: int) -> dict:
     """`{kernel's path: its inputs}` while the model reads the first tokens of a text."""
     import numpy as np
 
-    from gemma_lora import ptq
+    from gemma_lora.lora import ptq
 
     tokenizer = model.preprocessor.tokenizer
     ids = [tokenizer.token_to_id("<bos>"), *tokenizer.tokenize(text)][:tokens]
@@ -165,7 +165,7 @@ def activations(model, text: str, tokens: int) -> dict:
 
 def inputs_run(scorer, function):
     """Losses with every linear layer's input changed by a function."""
-    from gemma_lora import ptq
+    from gemma_lora.lora import ptq
 
     with ptq.mapped_inputs(scorer.model, function):
         return scorer.losses(scorer.compiled()), {}
@@ -195,10 +195,11 @@ def main() -> int:
     import keras
 
     import gemma_lora as gl
-    from gemma_lora import evaluation, gemma
-    from gemma_lora.files import write_json_atomic
-    from gemma_lora.hardware import machine
-    from gemma_lora.job import versions
+    from gemma_lora.base.files import write_json_atomic
+    from gemma_lora.base.hardware import machine
+    from gemma_lora.gemma import load as gemma
+    from gemma_lora.generation import evaluation
+    from gemma_lora.job.finetuning import versions
 
     keras.utils.set_random_seed(SEED)
     scorer = Scorer(gl.load_gemma(), evaluation.english_text())

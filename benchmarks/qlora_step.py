@@ -37,7 +37,7 @@ def measure(name: str, steps: int) -> dict:
     import numpy as np
 
     import gemma_lora as gl
-    from gemma_lora import hardware
+    from gemma_lora.base import hardware
 
     hardware.use_compilation_cache()
     loading, training = SETTINGS[name]
@@ -71,9 +71,9 @@ def main() -> int:
     if chosen.one:
         one_process.report(measure(chosen.one, chosen.steps))
         return 0
-    from gemma_lora.files import write_json_atomic
-    from gemma_lora.hardware import machine
-    from gemma_lora.job import versions
+    from gemma_lora.base.files import write_json_atomic
+    from gemma_lora.base.hardware import machine
+    from gemma_lora.job.finetuning import versions
 
     results: dict[str, dict] = {}
     for _ in range(chosen.rounds):

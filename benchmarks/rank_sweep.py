@@ -77,7 +77,8 @@ def spectra(model) -> dict:
     """How the updates are made up: the energy that the k strongest directions hold, over all layers, k from 1."""
     import numpy as np
 
-    from gemma_lora import lora, low_rank
+    from gemma_lora.lora import layer as lora
+    from gemma_lora.lora import low_rank
 
     energy = []
     for layer in lora.lora_layers(model):
@@ -96,7 +97,9 @@ def run_one(name: str) -> dict:
     import short_training
 
     import gemma_lora as gl
-    from gemma_lora import data, evaluation, hardware
+    from gemma_lora.base import hardware
+    from gemma_lora.data import dataset as data
+    from gemma_lora.generation import evaluation
 
     started, settings = time.perf_counter(), RUNS[name]
     hardware.use_compilation_cache()
@@ -120,9 +123,9 @@ def run_one(name: str) -> dict:
 
 def write(path: Path, runs: dict) -> None:
     """Writes the runs that are there, in the order of `RUNS`, with the machine and the versions."""
-    from gemma_lora.files import write_json_atomic
-    from gemma_lora.hardware import machine
-    from gemma_lora.job import versions
+    from gemma_lora.base.files import write_json_atomic
+    from gemma_lora.base.hardware import machine
+    from gemma_lora.job.finetuning import versions
 
     settings = {"alpha": ALPHA, "row_length": ROW_LENGTH, "lines": LINES, "validation_lines": VALIDATION}
     ordered = {name: runs[name] for name in RUNS if name in runs}

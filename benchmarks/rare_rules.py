@@ -80,8 +80,10 @@ def half_rules(count: int, without: set[str]) -> list[dict[str, str]]:
 def run_one(arm: str, seed: int, count: int) -> dict[str, Any]:
     """One training in this process, and its wrong answers."""
     import gemma_lora as gl
-    from gemma_lora import data, evaluation, hardware
-    from gemma_lora.job import Settings
+    from gemma_lora.base import hardware
+    from gemma_lora.data import dataset as data
+    from gemma_lora.generation import evaluation
+    from gemma_lora.job.finetuning import Settings
 
     hardware.use_compilation_cache()
     dataset = gl.load_dataset(ROOT / "data/expenses")
@@ -128,9 +130,9 @@ def main() -> int:
         one_process.report(run_one(chosen.one[0], int(chosen.one[1]), chosen.lines))
         return 0
     runs = json.loads(chosen.output.read_text())["runs"] if chosen.output.exists() else {}
-    from gemma_lora.files import write_json_atomic
-    from gemma_lora.hardware import machine
-    from gemma_lora.job import versions
+    from gemma_lora.base.files import write_json_atomic
+    from gemma_lora.base.hardware import machine
+    from gemma_lora.job.finetuning import versions
 
     names = {f"{arm}/{seed}": (arm, str(seed)) for seed in SEEDS for arm in ARMS}
 

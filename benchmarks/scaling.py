@@ -51,7 +51,8 @@ def key_of(setting: dict[str, int]) -> str:
 
 def with_vocabulary(model, size: int):
     """The model with the first `size` rows of its embedding."""
-    from gemma_lora import blocks, gemma
+    from gemma_lora.gemma import blocks
+    from gemma_lora.gemma import load as gemma
 
     backbone = model.backbone
     if size == backbone.vocabulary_size:
@@ -69,7 +70,7 @@ def measure(setting: dict[str, int]) -> dict[str, Any]:
     import numpy as np
 
     import gemma_lora as gl
-    from gemma_lora import hardware
+    from gemma_lora.base import hardware
 
     hardware.use_compilation_cache()
     model = with_vocabulary(gl.load_gemma(), setting["vocabulary"])
@@ -132,9 +133,9 @@ def main() -> int:
     if chosen.one:
         one_process.report(measure(chosen.one))
         return 0
-    from gemma_lora.files import write_json_atomic
-    from gemma_lora.hardware import machine
-    from gemma_lora.job import versions
+    from gemma_lora.base.files import write_json_atomic
+    from gemma_lora.base.hardware import machine
+    from gemma_lora.job.finetuning import versions
 
     runs = json.loads(chosen.output.read_text())["runs"] if chosen.output.exists() else {}
     for setting in [] if chosen.draw else settings():

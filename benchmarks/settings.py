@@ -66,7 +66,9 @@ def run_one(name: str) -> dict[str, Any]:
     import short_training
 
     import gemma_lora as gl
-    from gemma_lora import data, evaluation, hardware
+    from gemma_lora.base import hardware
+    from gemma_lora.data import dataset as data
+    from gemma_lora.generation import evaluation
 
     settings = VARIANTS[name]
     hardware.use_compilation_cache()
@@ -103,9 +105,9 @@ def main() -> int:
         for name in VARIANTS:
             print(name, "(done)" if name in runs else "")
         return 0
-    from gemma_lora.files import write_json_atomic
-    from gemma_lora.hardware import machine
-    from gemma_lora.job import versions
+    from gemma_lora.base.files import write_json_atomic
+    from gemma_lora.base.hardware import machine
+    from gemma_lora.job.finetuning import versions
 
     def keep(name: str, result: dict[str, Any]) -> None:
         runs[name] = result

@@ -7,44 +7,62 @@ KerasHub nor TensorFlow.
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from gemma_lora import moved
+from gemma_lora.base.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from gemma_lora.base.files import GemmaLoraError as GemmaLoraError
+    from gemma_lora.data.dataset import load_dataset as load_dataset
+    from gemma_lora.data.dataset import show_mask as show_mask
+    from gemma_lora.data.templates import Template as Template
+    from gemma_lora.exchange.peft import load_adapter as load_adapter
+    from gemma_lora.exchange.peft import save_adapter as save_adapter
+    from gemma_lora.gemma.load import load_gemma as load_gemma
+    from gemma_lora.generation.engine import generate as generate
+    from gemma_lora.generation.evaluation import evaluate as evaluate
+    from gemma_lora.generation.evaluation import exact_match as exact_match
+    from gemma_lora.generation.evaluation import perplexity as perplexity
+    from gemma_lora.generation.evaluation import teacher_forced as teacher_forced
+    from gemma_lora.layers.loss import chunked_cross_entropy as chunked_cross_entropy
+    from gemma_lora.lora.houlsby import apply_adapters as apply_adapters
+    from gemma_lora.lora.layer import LoRADense as LoRADense
+    from gemma_lora.lora.layer import LoRAEinsumDense as LoRAEinsumDense
+    from gemma_lora.lora.layer import apply_lora as apply_lora
+    from gemma_lora.lora.layer import detach_lora as detach_lora
+    from gemma_lora.lora.layer import merge_lora as merge_lora
+    from gemma_lora.lora.layer import unmerge_lora as unmerge_lora
+    from gemma_lora.lora.qlora import dequantize_base as dequantize_base
+    from gemma_lora.lora.qlora import quantize_base as quantize_base
+    from gemma_lora.training.tuner import FineTuner as FineTuner
 
 __version__ = "0.1.0"
 
-_EXPORTS = {
-    "load_gemma": "gemma",
-    "quantize_base": "qlora",
-    "dequantize_base": "qlora",
-    "apply_lora": "lora",
-    "merge_lora": "lora",
-    "unmerge_lora": "lora",
-    "detach_lora": "lora",
-    "LoRADense": "lora",
-    "LoRAEinsumDense": "lora",
-    "chunked_cross_entropy": "loss",
-    "save_adapter": "peft",
-    "load_adapter": "peft",
-    "load_dataset": "data",
-    "show_mask": "data",
-    "Template": "templates",
-    "generate": "generation",
-    "FineTuner": "training",
-    "exact_match": "evaluation",
-    "evaluate": "evaluation",
-    "perplexity": "evaluation",
-    "teacher_forced": "evaluation",
-    "apply_adapters": "adapters",
-    "GemmaLoraError": "files",
+_MODULES = {
+    "base.files": ["GemmaLoraError"],
+    "data.dataset": ["load_dataset", "show_mask"],
+    "data.templates": ["Template"],
+    "exchange.peft": ["load_adapter", "save_adapter"],
+    "gemma.load": ["load_gemma"],
+    "generation.engine": ["generate"],
+    "generation.evaluation": ["evaluate", "exact_match", "perplexity", "teacher_forced"],
+    "layers.loss": ["chunked_cross_entropy"],
+    "lora.houlsby": ["apply_adapters"],
+    "lora.layer": ["LoRADense", "LoRAEinsumDense", "apply_lora", "detach_lora", "merge_lora", "unmerge_lora"],
+    "lora.qlora": ["dequantize_base", "quantize_base"],
+    "training.tuner": ["FineTuner"],
 }
+_get, _names, _public = lazy_names(__name__, _MODULES)
+__all__ = ["__version__", *_public]
 
-__all__ = ["__version__", *_EXPORTS]
+moved.install()
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
-        raise AttributeError(f"module 'gemma_lora' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"gemma_lora.{_EXPORTS[name]}"), name)
-    globals()[name] = value
+    if name in moved.MOVED:
+        return importlib.import_module(f"{__name__}.{name}")
+    value = globals()[name] = _get(name)
     return value
 
 

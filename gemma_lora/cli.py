@@ -11,8 +11,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from gemma_lora.files import GemmaLoraError, require_writable, write_json_atomic, write_jsonl_atomic
-from gemma_lora.hardware import keep_freed_memory
+from gemma_lora.base.files import GemmaLoraError, require_writable, write_json_atomic, write_jsonl_atomic
+from gemma_lora.base.hardware import keep_freed_memory
 
 app = typer.Typer(
     add_completion=False,
@@ -78,10 +78,10 @@ def finetune(
 
     A run that was stopped, in whatever way, goes on when the same command is run again.
     """
-    from gemma_lora import job
+    from gemma_lora.job import finetuning as job
 
     names = targets if targets == "all-linear" else tuple(t.strip() for t in targets.split(","))
-    from gemma_lora.lora import target_names
+    from gemma_lora.lora.layer import target_names
 
     target_names(names)
     _check_quantization(quantization, double_quant)
@@ -127,7 +127,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")] = 128,
 ) -> None:
     """Answer prompts, greedily."""
-    from gemma_lora.generation import generate as answer
+    from gemma_lora.generation.engine import generate as answer
 
     for text in answer(_load(model, adapter, quantization, double_quant), prompts, max_new_tokens=max_new_tokens):
         typer.echo(text)
@@ -158,11 +158,11 @@ def evaluate(
     ] = None,
 ) -> None:
     """Score an adapter (or the base model) on any file."""
-    from gemma_lora.evaluation import evaluate as score
-    from gemma_lora.evaluation import is_match
-    from gemma_lora.formats import BadLines, read_jsonl
-    from gemma_lora.hardware import has_fast_bfloat16
-    from gemma_lora.job import progress_bar
+    from gemma_lora.base.hardware import has_fast_bfloat16
+    from gemma_lora.data.formats import BadLines, read_jsonl
+    from gemma_lora.generation.evaluation import evaluate as score
+    from gemma_lora.generation.evaluation import is_match
+    from gemma_lora.job.finetuning import progress_bar
 
     for path, option, taken in ((output, "--output", (data,)), (answers, "--answers", (data, output))):
         if path is None:
@@ -213,7 +213,7 @@ def plan(
     Nothing is loaded. On Gemma 3 270M and a CPU the sums are within 15 % of measured peaks; for other models and on
     accelerators they are arithmetic that nothing has checked.
     """
-    from gemma_lora import memory as sizes
+    from gemma_lora.gemma import memory as sizes
 
     if model not in sizes.CONFIGURATIONS:
         raise GemmaLoraError(f"--model: {model!r} is not known. Give one of {', '.join(sizes.CONFIGURATIONS)}.")
@@ -233,7 +233,7 @@ def _planned(configuration, available: int, named: dict):
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    from gemma_lora import memory as sizes
+    from gemma_lora.gemma import memory as sizes
 
     headings = {"weights": "weights", "gradients": "grad.", "optimizer": "Adam", "activations": "activ."}
     headings |= {"logits": "loss", "process": "process", "total": "total"}
@@ -283,9 +283,9 @@ def _check_quantization(quantization: str | None, double_quant: bool) -> None:
 
 
 def _load(model: str, adapter: Path | None, quantization: str | None, double_quant: bool):
-    from gemma_lora.gemma import load_gemma
-    from gemma_lora.hardware import use_compilation_cache
-    from gemma_lora.peft import load_adapter
+    from gemma_lora.base.hardware import use_compilation_cache
+    from gemma_lora.exchange.peft import load_adapter
+    from gemma_lora.gemma.load import load_gemma
 
     _check_quantization(quantization, double_quant)
     use_compilation_cache()

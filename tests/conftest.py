@@ -41,8 +41,8 @@ def tiny_gemma(generation: int = 3, seed: int = 0, vocabulary_size: int = 300, l
     import keras
     import numpy as np
 
-    from gemma_lora.blocks import enable_segments
-    from gemma_lora.gemma import import_keras_hub
+    from gemma_lora.gemma.blocks import enable_segments
+    from gemma_lora.gemma.load import import_keras_hub
 
     hub = import_keras_hub()
     common = {
@@ -101,7 +101,7 @@ def gemma():
 @pytest.fixture(scope="session")
 def real_gemma():
     """The built-in Gemma 3 270M. Tests that change it must undo what they did."""
-    from gemma_lora.gemma import load_gemma
+    from gemma_lora.gemma.load import load_gemma
 
     return load_gemma()
 

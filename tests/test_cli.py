@@ -7,11 +7,13 @@ import types
 
 import pytest
 
-from gemma_lora import cli, job, lora
-from gemma_lora.evaluation import Scores
-from gemma_lora.files import GemmaLoraError
-from gemma_lora.peft import save_adapter
-from gemma_lora.templates import Template
+from gemma_lora import cli
+from gemma_lora.base.files import GemmaLoraError
+from gemma_lora.data.templates import Template
+from gemma_lora.exchange.peft import save_adapter
+from gemma_lora.generation.evaluation import Scores
+from gemma_lora.job import finetuning as job
+from gemma_lora.lora import layer as lora
 from tests.conftest import CharacterTokenizer, tiny_gemma
 
 MARKUP = "[bold]x[/bold] [/] [red"
@@ -214,8 +216,8 @@ def test_a_data_file_and_fields_named_like_markup_are_scored(command, small, ada
 
 
 def answers_of(adapter, prompts):
-    from gemma_lora.generation import generate
-    from gemma_lora.peft import load_adapter
+    from gemma_lora.exchange.peft import load_adapter
+    from gemma_lora.generation.engine import generate
 
     return generate(load_adapter(small_model(), adapter), prompts, max_new_tokens=6)
 

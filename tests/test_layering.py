@@ -82,10 +82,10 @@ def test_a_module_imports_only_from_modules_above_it(path):
 @pytest.mark.parametrize(
     "source, found",
     [
-        ("import gemma_lora.job", {"job"}),
+        ("import gemma_lora.job.finetuning", {"job"}),
         ("from gemma_lora import job, cli", {"job", "cli"}),
-        ("from gemma_lora.job import finetune", {"job"}),
-        ("def f():\n    if True:\n        from gemma_lora.job import finetune", {"job"}),
+        ("from gemma_lora.job.finetuning import finetune", {"job"}),
+        ("def f():\n    if True:\n        from gemma_lora.job.finetuning import finetune", {"job"}),
         ("import keras, json\nfrom os import path", set()),
     ],
 )
@@ -151,8 +151,8 @@ for name in {names}:
     importlib.import_module("gemma_lora." + name)
 import jax.numpy as jnp, keras
 assert keras.backend.backend() == "jax"
-from gemma_lora.lora import LoRADense
-from gemma_lora.loss import chunked_cross_entropy
+from gemma_lora.lora.layer import LoRADense
+from gemma_lora.layers.loss import chunked_cross_entropy
 dense = keras.layers.Dense(4)
 dense.build((None, 3))
 layer = LoRADense(dense, rank=2)

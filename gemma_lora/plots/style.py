@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from gemma_lora.files import atomic_path
+from gemma_lora.base.files import atomic_path
 
 #: Dark grey and one blue, told apart by lightness and line style too.
 INK, ACCENT = "#222222", "#0b5394"

@@ -65,8 +65,8 @@ def tiny_transformers(generation: int):
 
 def to_keras_hub(model, generation: int):
     """The same weights in KerasHub's Gemma, written out here so that no loader of ours is trusted."""
-    from gemma_lora.blocks import enable_segments
-    from gemma_lora.gemma import import_keras_hub
+    from gemma_lora.gemma.blocks import enable_segments
+    from gemma_lora.gemma.load import import_keras_hub
 
     hub = import_keras_hub()
     sizes = {

@@ -9,9 +9,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 import gemma_lora as gl
-from gemma_lora import lora
-from gemma_lora.peft import load_adapter, save_adapter, slots
-from gemma_lora.training import FineTuner
+from gemma_lora.exchange.peft import load_adapter, save_adapter, slots
+from gemma_lora.lora import layer as lora
+from gemma_lora.training.tuner import FineTuner
 from tests.parity.conftest import tiny_transformers, to_keras_hub
 
 KINDS = [{}, {"rslora": True}, {"dora": True}, {"rslora": True, "dora": True}]

@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from gemma_lora import gemma, gguf, nf4
+from gemma_lora.gemma import gguf
+from gemma_lora.gemma import load as gemma
+from gemma_lora.quantization import nf4
 
 
 def of_bitsandbytes(x: np.ndarray, block_size: int, double_quant: bool):

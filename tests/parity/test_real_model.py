@@ -5,7 +5,8 @@ import pytest
 import torch
 
 import gemma_lora as gl
-from gemma_lora import gemma, gguf
+from gemma_lora.gemma import gguf
+from gemma_lora.gemma import load as gemma
 
 TEXTS = [
     "12 lug 2024 Café Lumière 769,08 €",
@@ -114,7 +115,7 @@ def test_logits(ours, transformers_pair, llama, llama_float32):
 
 @pytest.mark.parametrize("prompt", ["The capital of France is", "Es war einmal", "def fibonacci(n):"])
 def test_greedy_text(prompt, ours, transformers_pair, llama_float32):
-    from gemma_lora.generation import generate_tokens
+    from gemma_lora.generation.engine import generate_tokens
 
     ids = np.array([2, *(int(i) for i in ours.preprocessor.tokenizer.tokenize(prompt))], "int32")
     (mine,) = generate_tokens(ours, [ids], [1], 24)

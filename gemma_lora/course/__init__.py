@@ -1,0 +1,10 @@
+"""What only the lessons use: Gemma written from scratch, a byte model, the traps of lesson 12."""
+
+from gemma_lora.base.lazy import lazy_names
+
+_MODULES = {
+    "byte_model": [],
+    "transformer": [],
+    "traps": [],
+}
+__getattr__, __dir__, __all__ = lazy_names(__name__, _MODULES)

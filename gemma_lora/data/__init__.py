@@ -1,0 +1,11 @@
+"""From a file to rows of tokens: formats, dataset, templates, encoding, packing, the mask."""
+
+from gemma_lora.base.lazy import lazy_names
+
+_MODULES = {
+    "dataset": ["Dataset", "load_dataset", "Encoded", "encode", "encode_prompt", "batches", "MaskView", "show_mask"],
+    "formats": ["Example", "BadLines", "read_jsonl", "from_records", "to_example"],
+    "packing": ["Batch", "pack"],
+    "templates": ["CONTROL_TOKENS", "Template"],
+}
+__getattr__, __dir__, __all__ = lazy_names(__name__, _MODULES)

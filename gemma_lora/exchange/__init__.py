@@ -1,0 +1,8 @@
+"""Other tools' formats: PEFT's adapter folders."""
+
+from gemma_lora.base.lazy import lazy_names
+
+_MODULES = {
+    "peft": ["Slot", "slots", "save_adapter", "load_adapter"],
+}
+__getattr__, __dir__, __all__ = lazy_names(__name__, _MODULES)

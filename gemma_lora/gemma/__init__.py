@@ -1,0 +1,19 @@
+"""Gemma in KerasHub: loading, GGUF files, the architecture, the one forward pass, the memory plan."""
+
+from gemma_lora.base.lazy import lazy_names
+
+_MODULES = {
+    "gguf": ["read_index", "read_tensor"],
+    "load": [
+        "BUILTIN_NAME",
+        "BUILTIN_FILE",
+        "BUILTIN_SHA256",
+        "BUILTIN_PACKAGES",
+        "BUILTIN_NOTE",
+        "import_keras_hub",
+        "load_gemma",
+        "builtin_gguf",
+    ],
+    "memory": ["CONFIGURATIONS", "Configuration", "configuration_of", "plan"],
+}
+__getattr__, __dir__, __all__ = lazy_names(__name__, _MODULES)

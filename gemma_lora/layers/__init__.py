@@ -1,0 +1,42 @@
+"""A layer seen as a matrix, how its product is formed, the loss, rematerialization, BitNet's layers."""
+
+from gemma_lora.base.lazy import lazy_names
+
+_MODULES = {
+    "bitnet": [
+        "ternary_fake_quantize",
+        "activation_fake_quantize",
+        "ternary_matmul",
+        "NormLinear",
+        "BitLinear",
+        "PackedBitLinear",
+        "freeze",
+        "freeze_model",
+    ],
+    "linear": [
+        "einsum_axes",
+        "is_matrix_product",
+        "matrix_of",
+        "kernel_of",
+        "stored",
+        "kernel_shape",
+        "matrix_shape",
+        "kernel_matrix",
+        "as_matrix",
+        "is_one_product",
+        "output_axes",
+        "batch_axes",
+        "in_rows",
+    ],
+    "loss": ["NEGLIGIBLE", "table_rows", "chunked_cross_entropy", "token_scores"],
+    "mixed_precision": [
+        "frozen_product",
+        "product",
+        "low_rank_product",
+        "batched_product",
+        "rounded_output",
+        "round_layer",
+    ],
+    "remat": ["recomputed"],
+}
+__getattr__, __dir__, __all__ = lazy_names(__name__, _MODULES)

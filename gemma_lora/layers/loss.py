@@ -1,0 +1,420 @@
+"""Cross-entropy over a large vocabulary, without ever holding the logits.
+
+Gemma's vocabulary has 262,144 entries. The logits of a batch of 4 × 256 tokens are 1 GiB in float32, their
+softmax another, their gradient a third. Here a chunk of tokens meets the vocabulary block by block: a block's logits
+are formed, added to a running softmax and to the running mean of the embeddings under it, and dropped while they
+are still in the processor's cache. That mean, less the target's embedding, is the gradient with respect to the
+hidden state, so no second pass over the vocabulary is needed.
+
+Two things make it faster on request. In mixed precision the factors of the large products are rounded to bfloat16. And
+the gradient filter leaves a block out of the gradient of the tokens in whose softmax it has next to no share (its part
+of the loss is counted).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gemma_lora.quantization.packed import Bfloat16Rows, Int8Rows
+
+#: The gradient filter: the share of a token's softmax up to which a block adds nothing to the token's gradient.
+NEGLIGIBLE = 2.0**-16
+_FEW = (16, 64, 128)  # tokens that the filter may form a block's product for, when it is not for all of a chunk
+_PACKED = Int8Rows | Bfloat16Rows
+_BLOCK = 1024  # vocabulary entries whose logits exist together: fastest on two cores of 1,024 to 32,768
+
+
+class _Chunk(NamedTuple):
+    """Tokens that are worked on together: hidden (C, D), targets (C,) int32, weights (C,) float32."""
+
+    hidden: jax.Array
+    targets: jax.Array
+    weights: jax.Array
+
+
+class _Shortcuts(NamedTuple):
+    """What the loss may do to be faster: round factors to bfloat16, leave negligible blocks out of the gradient."""
+
+    rounded: bool = False
+    filtered: bool = False
+
+
+def _dot(a, b, contract):
+    """a · b over the given axes, summed in float32 whatever the inputs are."""
+    return jax.lax.dot_general(a, b, (contract, ((), ())), preferred_element_type=jnp.float32)
+
+
+def _capped(logits, soft_cap):
+    """`(logits, slope)`: soft-capped logits and their derivative by the plain ones; (logits, None) without a cap."""
+    if soft_cap is None:
+        return logits, None
+    bounded = jnp.tanh(logits / soft_cap)
+    return soft_cap * bounded, 1.0 - jnp.square(bounded)  # d tanh(x) = 1 - tanh(x)^2
+
+
+def _block_logits(chunk: _Chunk, embeddings, index, soft_cap):
+    """Logits of one block of the vocabulary, for every token but its target.
+
+    Returns:
+        `(logits, slope, block, start)`: (C, K) with -inf at targets and at entries of the block before, (C, K) or
+        None, (K, D), and where the block begins.
+    """
+    vocabulary = embeddings.shape[0]
+    size = min(_BLOCK, vocabulary)
+    start = jnp.minimum(index * size, vocabulary - size)  # the last block reaches back into the one before
+    block = table_rows(embeddings, start, size, chunk.hidden.dtype)
+    logits, slope = _capped(_dot(chunk.hidden, block, ((1,), (1,))), soft_cap)
+    columns = start + jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+    counted = (columns != chunk.targets[:, None]) & (columns >= index * size)
+    return jnp.where(counted, logits, -jnp.inf), slope, block, start
+
+
+def table_rows(table, start, size: int, dtype):
+    """Rows start … start + size of the table: as they are, or decoded to `dtype` where they are packed."""
+    if isinstance(table, _PACKED):
+        return table.slice(start, size).decode(dtype)
+    return jax.lax.dynamic_slice_in_dim(table, start, size, axis=0)
+
+
+def _rows_of(table, ids):
+    """The rows of these tokens, (C, D) float32."""
+    return table.take(ids).decode() if isinstance(table, _PACKED) else table[ids].astype(jnp.float32)
+
+
+def _blocks(embeddings) -> int:
+    return -(-embeddings.shape[0] // _BLOCK)
+
+
+class _Running(NamedTuple):
+    """What a pass over the vocabulary knows of each token; `others` is Σ exp(logit - maximum) but for the target's."""
+
+    target: jax.Array
+    target_slope: jax.Array | None
+    maximum: jax.Array
+    others: jax.Array
+    mean: jax.Array
+
+
+def _over_vocabulary(chunk: _Chunk, embeddings, at_target, soft_cap, with_gradient: bool, shortcuts: _Shortcuts):
+    """Passes over the vocabulary block by block.
+
+    Returns:
+        `_Running`, with the mean of the embeddings under `others`, (C, D), if `with_gradient`.
+    """
+    factor = jnp.bfloat16 if shortcuts.rounded else jnp.float32
+    plain = jnp.sum(chunk.hidden.astype(jnp.float32) * at_target, axis=-1)
+    target, target_slope = _capped(plain, soft_cap)  # (C,)
+
+    def one_block(index, carry):
+        maximum, others, mean = carry
+        logits, slope, block, _ = _block_logits(chunk, embeddings, index, soft_cap)
+        new = jnp.maximum(maximum, jnp.max(logits, axis=-1))
+        shrink = jnp.exp(maximum - new)
+        exponentials = jnp.exp(logits - new[:, None])
+        block_sum = jnp.sum(exponentials, axis=-1)
+        others = others * shrink + block_sum
+        if with_gradient:
+            pull = exponentials if slope is None else exponentials * slope
+            mean = mean * shrink[:, None]
+            if shortcuts.filtered:
+                # Of what has been seen so far, so never less than its share of the whole.
+                share = jnp.where(chunk.weights > 0, block_sum / (others + jnp.exp(target - new)), 0.0)
+                mean = _add_where(share > NEGLIGIBLE, mean, pull, block, factor)
+            else:
+                mean = mean + _dot(pull.astype(factor), block.astype(factor), ((1,), (0,)))  # (C, K) x (K, D)
+        return new, others, mean
+
+    empty = jnp.zeros(chunk.hidden.shape if with_gradient else (0,), jnp.float32)
+    start = (target, jnp.zeros_like(target), empty)
+    return _Running(target, target_slope, *jax.lax.fori_loop(0, _blocks(embeddings), one_block, start))
+
+
+def _add_where(wanted, mean, pull, block, factor):
+    """`mean + pull @ block` (C, D) for the tokens that are `wanted` (C,) bool, with factors rounded to `factor`.
+
+    The product is formed for the smallest number of tokens in `_FEW` that holds them. After the first steps of a
+    training most blocks matter to a handful of tokens.
+    """
+    tokens = wanted.shape[0]
+    sizes = [size for size in _FEW if size < tokens]
+
+    def for_few(size, mean):
+        rows = jnp.nonzero(wanted, size=size, fill_value=tokens)[0]  # filled up with rows that there are not
+        few = pull.at[rows].get(mode="fill", fill_value=0.0)
+        add = _dot(few.astype(factor), block.astype(factor), ((1,), (0,)))
+        return mean.at[rows].add(add, mode="drop")
+
+    def for_all(mean):
+        return mean + _dot(pull.astype(factor), block.astype(factor), ((1,), (0,)))
+
+    branches = [lambda mean: mean, *(partial(for_few, size) for size in sizes), for_all]
+    enough = jnp.sum(jnp.count_nonzero(wanted) > jnp.array([0, *sizes]))
+    return jax.lax.switch(enough, branches, mean)
+
+
+def _token_losses(seen: _Running):
+    """`(losses, everything)`: -ln p(target) of each token, and Σ exp(logit - maximum), both (C,)."""
+    everything = seen.others + jnp.exp(seen.target - seen.maximum)
+    losses = jnp.log1p(seen.others * jnp.exp(seen.maximum - seen.target))
+    # exp(maximum - target) overflows where the target is 88 below the best entry; the plain form is exact there.
+    far = seen.maximum - seen.target > 60.0
+    return jnp.where(far, jnp.log(everything) + seen.maximum - seen.target, losses), everything
+
+
+def _chunk_loss(chunk: _Chunk, embeddings, soft_cap, with_gradient: bool, shortcuts: _Shortcuts):
+    """Loss of one chunk and its gradient with respect to the hidden states.
+
+    The target is kept apart from the other entries: with `others` the sum of exp(logit - maximum) over them,
+    the loss is log(1 + others / exp(target - maximum)) and 1 - p(target) is others / all. Both are exact
+    however sure the model is, where logsumexp - target and p - 1 would cancel.
+
+    Returns:
+        `(loss, d_hidden, log_normalizer)`: weights · negative log-likelihood, summed; (C, D) float32 or None; (C,).
+    """
+    at_target = _rows_of(embeddings, chunk.targets)  # (C, D)
+    seen = _over_vocabulary(chunk, embeddings, at_target, soft_cap, with_gradient, shortcuts)
+    losses, everything = _token_losses(seen)
+    loss = jnp.sum(losses * chunk.weights)
+    log_normalizer = jnp.log(everything) + seen.maximum
+    if not with_gradient:
+        return loss, None, log_normalizer
+    miss = seen.others / everything  # 1 - p(target)
+    if seen.target_slope is not None:
+        miss = miss * seen.target_slope
+    d_hidden = seen.mean / everything[:, None] - miss[:, None] * at_target
+    return loss, d_hidden * chunk.weights[:, None], log_normalizer
+
+
+def _embedding_gradient(chunk: _Chunk, embeddings, soft_cap, log_normalizer, gradient):
+    """Adds the chunk's gradient with respect to the embeddings to `gradient` (V, D) float32, block by block."""
+    hidden = chunk.hidden.astype(jnp.float32)
+
+    def one_block(index, gradient):
+        logits, slope, block, start = _block_logits(chunk, embeddings, index, soft_cap)
+        d_logits = jnp.exp(logits - log_normalizer[:, None]) * chunk.weights[:, None]
+        if slope is not None:
+            d_logits = d_logits * slope
+        rows = jax.lax.dynamic_slice_in_dim(gradient, start, block.shape[0], axis=0)
+        rows = rows + _dot(d_logits, hidden, ((0,), (0,)))  # (C, K) x (C, D) -> (K, D)
+        return jax.lax.dynamic_update_slice_in_dim(gradient, rows, start, axis=0)
+
+    gradient = jax.lax.fori_loop(0, _blocks(embeddings), one_block, gradient)
+    plain = jnp.sum(hidden * _rows_of(embeddings, chunk.targets), axis=-1)
+    target, target_slope = _capped(plain, soft_cap)
+    d_target = jnp.expm1(target - log_normalizer) * chunk.weights  # (p - 1) · weight
+    if target_slope is not None:
+        d_target = d_target * target_slope
+    return gradient.at[chunk.targets].add(d_target[:, None] * hidden)
+
+
+def _loss_and_gradients(hidden, embeddings, targets, weights, chunk_size, soft_cap, d_hidden, d_embeddings, shortcuts):
+    """Walks the chunks that carry loss; the two flags say which gradients to form on the way."""
+    tokens, width = hidden.shape
+    padding = -tokens % chunk_size
+    # Tokens with loss first: the loop below ends after them.
+    order = jnp.argsort(weights == 0, stable=True)
+    hidden = jnp.pad(hidden[order], ((0, padding), (0, 0)))
+    targets = jnp.pad(targets[order], (0, padding))
+    weights = jnp.pad(weights[order], (0, padding))
+    chunks = (jnp.count_nonzero(weights) + chunk_size - 1) // chunk_size
+
+    def one_chunk(index, carry):
+        loss, grad_hidden, grad_embeddings = carry
+        start = index * chunk_size
+        part = partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=chunk_size)
+        chunk = _Chunk(part(hidden), part(targets), part(weights))
+        chunk_loss, chunk_hidden, log_normalizer = _chunk_loss(chunk, embeddings, soft_cap, d_hidden, shortcuts)
+        if d_hidden:
+            grad_hidden = jax.lax.dynamic_update_slice_in_dim(grad_hidden, chunk_hidden, start, axis=0)
+        if d_embeddings:
+            grad_embeddings = _embedding_gradient(chunk, embeddings, soft_cap, log_normalizer, grad_embeddings)
+        return loss + chunk_loss, grad_hidden, grad_embeddings
+
+    carry = (
+        jnp.zeros((), jnp.float32),
+        jnp.zeros((tokens + padding if d_hidden else 0, width), jnp.float32),
+        jnp.zeros(embeddings.shape if d_embeddings else (0, width), jnp.float32),
+    )
+    loss, grad_hidden, grad_embeddings = jax.lax.fori_loop(0, chunks, one_chunk, carry)
+    if d_hidden:  # back to the order the tokens came in
+        grad_hidden = jnp.zeros((tokens, width), jnp.float32).at[order].set(grad_hidden[:tokens])
+    return loss, grad_hidden, grad_embeddings
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
+def _summed_loss(hidden, embeddings, targets, weights, chunk_size, soft_cap, train_embeddings, shortcuts):
+    factors = _factors(hidden, embeddings, shortcuts)
+    loss, _, _ = _loss_and_gradients(*factors, targets, weights, chunk_size, soft_cap, False, False, shortcuts)
+    return loss
+
+
+def _factors(hidden, embeddings, shortcuts: _Shortcuts):
+    if not isinstance(embeddings, _PACKED) and (shortcuts.rounded or embeddings.dtype == jnp.bfloat16):
+        embeddings = Bfloat16Rows.of(embeddings)
+    return hidden.astype(jnp.bfloat16) if shortcuts.rounded else hidden, embeddings
+
+
+def _forward(hidden, embeddings, targets, weights, chunk_size, soft_cap, train_embeddings, shortcuts):
+    factors = _factors(hidden, embeddings, shortcuts)
+    loss, grad_hidden, grad_embeddings = _loss_and_gradients(
+        *factors, targets, weights, chunk_size, soft_cap, True, train_embeddings, shortcuts
+    )
+    like = jnp.zeros((0,), hidden.dtype)
+    return loss, (grad_hidden, grad_embeddings, like if train_embeddings else embeddings, like)
+
+
+def _backward(chunk_size, soft_cap, train_embeddings, shortcuts, residuals, cotangent):
+    grad_hidden, grad_embeddings, embeddings, like = residuals
+    d_hidden = (cotangent * grad_hidden).astype(like.dtype)
+    if train_embeddings:
+        return d_hidden, cotangent * grad_embeddings, None, None
+    # Frozen: XLA drops these zeros, nobody reads them.
+    return d_hidden, None if isinstance(embeddings, _PACKED) else jnp.zeros_like(embeddings), None, None
+
+
+_summed_loss.defvjp(_forward, _backward)
+
+
+def chunked_cross_entropy(
+    hidden: jax.Array,
+    embeddings: jax.Array | Int8Rows | Bfloat16Rows,
+    targets: jax.Array,
+    weights: jax.Array,
+    chunk_size: int = 64,
+    soft_cap: float | None = None,
+    train_embeddings: bool = False,
+    normalizer: float | None = None,
+    mixed_precision: bool = False,
+    filter_gradient: bool | None = None,
+) -> jax.Array:
+    """Mean cross-entropy of `softmax(hidden @ embeddings.T)` over the tokens that carry loss.
+
+    `loss = Σ weights · (logsumexp(logits) - logits[target]) / Σ weights`
+
+    Tokens of weight 0 cost nothing, and at most `chunk_size` × 1,024 logits exist at a time. The gradient with
+    respect to the hidden states is formed in the forward pass, while the logits are there. Sums are float32.
+
+    Args:
+        hidden: (..., D), the backbone's output, any float dtype.
+        embeddings: (V, D), the tied embedding matrix; or `packed.Int8Rows` or `Bfloat16Rows`, of which 1,024
+            rows are decoded at a time.
+        targets: (...) integers in [0, V): the token to be predicted at each position.
+        weights: (...) floats, 0 where a position carries no loss.
+        chunk_size: Integer, tokens whose logits are formed together.
+        soft_cap: Float or None; logits become soft_cap · tanh(logits / soft_cap), as in Gemma 2.
+        train_embeddings: If False (the default), the embeddings are taken as frozen and get a zero
+            gradient from this loss.
+        normalizer: Float or None; what the sum is divided by, in place of Σ weights.
+        mixed_precision: If True, `hidden` and `embeddings` are rounded to bfloat16 (give
+            `Bfloat16Rows` to save that); sums stay float32.
+        filter_gradient: If True, a block of 1,024 entries may be left out of the gradient with respect to `hidden` of
+            tokens in whose softmax its share is at most `NEGLIGIBLE`; the loss is the same. By default as
+            `mixed_precision`.
+
+    Returns:
+        Scalar float32. 0 where all weights are 0.
+
+    Raises:
+        ValueError: If shapes disagree or `chunk_size` is below 1.
+
+    Example:
+
+    >>> hidden = jnp.ones((2, 3, 4)); embeddings = jnp.eye(4)
+    >>> targets = jnp.zeros((2, 3), "int32")
+    >>> float(chunked_cross_entropy(hidden, embeddings, targets, jnp.ones((2, 3))).round(4))
+    1.3863
+
+    Reference: Wijmans et al. 2024, "Cut Your Losses" (https://arxiv.org/abs/2411.09009), section 4, a loss that never
+    stores the logits. The running softmax is that of Milakov and Gimelshein 2018 (https://arxiv.org/abs/1805.02867),
+    algorithm 3; that it gives the gradient too is flash attention's forward pass with the embeddings as keys and
+    values. Leaving out blocks is the first paper's gradient filter, which drops what is below 2^-12 in all tokens of a
+    tile. Deciding it token by token and keeping the target apart are ours.
+    """
+    hidden, targets, weights = map(jnp.asarray, (hidden, targets, weights))
+    if not isinstance(embeddings, _PACKED):
+        embeddings = jnp.asarray(embeddings)
+    elif train_embeddings:
+        raise ValueError("Packed embeddings cannot be trained. Received: train_embeddings=True")
+    if chunk_size < 1:
+        raise ValueError(f"`chunk_size` must be at least 1. Received: chunk_size={chunk_size!r}")
+    if hidden.shape[:-1] != targets.shape or targets.shape != weights.shape:
+        raise ValueError(
+            "`targets` and `weights` must have the shape of `hidden` without its last axis. Received: "
+            f"hidden {hidden.shape}, targets {targets.shape}, weights {weights.shape}"
+        )
+    if hidden.shape[-1] != embeddings.shape[-1]:
+        raise ValueError(
+            f"`hidden` and `embeddings` must agree in their last axis. Received: {hidden.shape}, {embeddings.shape}"
+        )
+    weights = weights.reshape(-1).astype(jnp.float32)
+    total = _summed_loss(
+        hidden.reshape(-1, hidden.shape[-1]),
+        embeddings,
+        targets.reshape(-1).astype(jnp.int32),
+        weights,
+        chunk_size,
+        soft_cap,
+        train_embeddings,
+        _Shortcuts(mixed_precision, mixed_precision if filter_gradient is None else filter_gradient),
+    )
+    if normalizer is not None:
+        return total / normalizer
+    weight = jnp.sum(weights)
+    return jnp.where(weight > 0, total / jnp.where(weight > 0, weight, 1.0), 0.0)
+
+
+def token_scores(
+    hidden: jax.Array,
+    embeddings: jax.Array | Int8Rows | Bfloat16Rows,
+    targets: jax.Array,
+    chunk_size: int = 256,
+    soft_cap: float | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Each token's loss, and whether its target is the likeliest entry of the vocabulary; no logits are kept.
+
+    Args:
+        hidden: (N, D), the backbone's output, any float dtype.
+        embeddings, soft_cap: As in `chunked_cross_entropy`.
+        targets: (N,) integers in [0, V).
+        chunk_size: Integer, tokens that meet the vocabulary together.
+
+    Returns:
+        `(losses, likeliest)`: (N,) float32, -ln softmax(hidden @ embeddings.T)[target]; (N,) bool, True where no other
+        entry's logit is larger.
+
+    Raises:
+        ValueError: If shapes disagree or `chunk_size` is below 1.
+
+    Example:
+
+    >>> losses, likeliest = token_scores(3 * jnp.eye(3, 4), jnp.eye(4), jnp.array([0, 1, 3]))
+    >>> likeliest.tolist()
+    [True, True, False]
+    """
+    hidden, embeddings, targets = jax.tree.map(jnp.asarray, (hidden, embeddings, targets))
+    if chunk_size < 1:
+        raise ValueError(f"`chunk_size` must be at least 1. Received: chunk_size={chunk_size!r}")
+    if hidden.ndim != 2 or hidden.shape[:1] != targets.shape or hidden.shape[1] != embeddings.shape[-1]:
+        raise ValueError(
+            "`hidden` must be (N, D), `targets` (N,) and `embeddings` (V, D). Received: "
+            f"{hidden.shape}, {targets.shape}, {embeddings.shape}"
+        )
+    count = hidden.shape[0]
+    chunks = max(1, -(-count // chunk_size))
+    size = max(1, -(-count // chunks))  # equal ones, with little room to spare
+    fill = chunks * size - count
+    hidden, embeddings = _factors(hidden, embeddings, _Shortcuts())
+    parts = jnp.pad(hidden, ((0, fill), (0, 0))).reshape(chunks, size, -1), jnp.pad(targets, (0, fill))
+
+    def one_chunk(part):
+        chunk = _Chunk(*part, jnp.ones(size, jnp.float32))
+        at_target = _rows_of(embeddings, chunk.targets)
+        seen = _over_vocabulary(chunk, embeddings, at_target, soft_cap, False, _Shortcuts())
+        return _token_losses(seen)[0], seen.maximum <= seen.target
+
+    losses, likeliest = jax.lax.map(one_chunk, (parts[0], parts[1].reshape(chunks, size)))
+    return losses.reshape(-1)[:count], likeliest.reshape(-1)[:count]

@@ -1,0 +1,62 @@
+"""LoRA and its relatives: DoRA, bottleneck adapters, QLoRA, low-rank matrices, PTQ of a whole model."""
+
+from gemma_lora.base.lazy import lazy_names
+
+_MODULES = {
+    "dora": ["column_norms", "column_scale"],
+    "houlsby": [
+        "SUBLAYER_ENDS",
+        "parameter_count",
+        "BottleneckAdapter",
+        "AdaptedLayer",
+        "apply_adapters",
+        "adapter_layers",
+        "remove_adapters",
+    ],
+    "layer": [
+        "TARGETS",
+        "ALL_LINEAR",
+        "LoRADense",
+        "LoRAEinsumDense",
+        "target_names",
+        "forget_replaced",
+        "linear_layers",
+        "plain_layers",
+        "apply_lora",
+        "lora_layers",
+        "merge_lora",
+        "unmerge_lora",
+        "detach_lora",
+    ],
+    "low_rank": [
+        "Step",
+        "EchelonForm",
+        "TruncatedSVD",
+        "row_echelon_form",
+        "numerical_rank",
+        "truncated_svd",
+        "approximation_error",
+        "energy_captured",
+        "parameters_of_rank",
+        "break_even_rank",
+        "spectrum_of_update",
+    ],
+    "ptq": ["quantize_kernels", "mapped_inputs", "kernels"],
+    "qlora": [
+        "SCHEMES",
+        "PackedDense",
+        "PackedEinsumDense",
+        "PackedEmbedding",
+        "pack_embedding",
+        "head_table",
+        "encoding_for",
+        "quantize_base",
+        "pack_layer",
+        "replace_by_packed",
+        "packed_layers",
+        "weight_bytes",
+        "dequantize_base",
+        "merging_error",
+    ],
+}
+__getattr__, __dir__, __all__ = lazy_names(__name__, _MODULES)

@@ -1,0 +1,25 @@
+"""Training: `FineTuner`, its callbacks and schedule, checkpoints, checks that a training trains what it should."""
+
+from gemma_lora.base.lazy import lazy_names
+
+_MODULES = {
+    "checkpoint": ["Checkpoint", "changed_settings"],
+    "health": [
+        "Batch",
+        "Finding",
+        "what_moves",
+        "trains_what_it_should",
+        "loss_and_gradient",
+        "slope_ratio",
+        "gradient_is_right",
+        "overfits_one_batch",
+        "evaluates_alike",
+        "padding_is_free",
+        "neighbours_are_unseen",
+        "pieces",
+        "read_back",
+        "check",
+    ],
+    "tuner": ["WarmupCosine", "TrainingLog", "FineTuner"],
+}
+__getattr__, __dir__, __all__ = lazy_names(__name__, _MODULES)

@@ -1,0 +1,96 @@
+"""A training's state on disk: whole or absent, so that a run that was killed goes on where it stood.
+
+One safetensors file holds everything that changes while a model trains (A and B, the optimizer's moments and step,
+dropout's seeds) and, in its metadata, the step and the settings. It is written to a temporary name and renamed: at
+every moment the file of the last finished write stands there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gemma_lora.base.files import GemmaLoraError, atomic_path
+
+FILE = "checkpoint.safetensors"
+_FORMAT = "gemma_lora checkpoint 1"
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint file holds.
+
+    Invariants: `step` optimizer steps of `settings` led to `arrays`; `log` has one row a step.
+    """
+
+    step: int
+    settings: dict[str, Any]
+    log: list[dict[str, Any]]
+    arrays: dict[str, np.ndarray]
+
+
+def save(folder: str | os.PathLike, checkpoint: Checkpoint) -> None:
+    """Writes a checkpoint into a run's folder in place of the one before.
+
+    Raises:
+        GemmaLoraError: If the disk is full or the folder cannot be written to; the one before still stands.
+    """
+    from safetensors.numpy import save_file
+
+    metadata = {
+        "format": _FORMAT,
+        "step": str(checkpoint.step),
+        "settings": json.dumps(checkpoint.settings, sort_keys=True),
+        "log": json.dumps(checkpoint.log),
+    }
+    path = Path(folder) / FILE
+    try:
+        with atomic_path(path) as temporary:
+            save_file(
+                {name: np.asarray(array, order="C") for name, array in checkpoint.arrays.items()}, temporary, metadata
+            )
+    except Exception as error:  # safetensors wraps the system's errors in its own
+        if isinstance(error, OSError) or "os error" in str(error).lower():
+            raise GemmaLoraError(
+                f"{path}: cannot be written ({error}). Make room, then run the same command again: "
+                "it goes on from the last checkpoint."
+            ) from error
+        raise
+
+
+def load(folder: str | os.PathLike) -> Checkpoint | None:
+    """Reads a run's checkpoint; None if there is none.
+
+    Raises:
+        GemmaLoraError: If the file is damaged or not a checkpoint of this package.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(folder) / FILE
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != _FORMAT:
+                raise ValueError(f"format {metadata.get('format')!r}")
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        return Checkpoint(int(metadata["step"]), json.loads(metadata["settings"]), json.loads(metadata["log"]), arrays)
+    except (SafetensorError, ValueError, KeyError, OSError) as error:
+        raise GemmaLoraError(
+            f"{path}: not a checkpoint of this version ({error}). "
+            "Delete it to begin anew, or choose another run folder."
+        ) from error
+
+
+def changed_settings(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Says which settings differ: `"learning_rate was 0.002, is 0.001"`; empty if none does."""
+    now = json.loads(json.dumps(dict(now)))  # tuples as JSON has them
+    names = [name for name in (*then, *(name for name in now if name not in then))]
+    return [f"{name} was {then.get(name)!r}, is {now.get(name)!r}" for name in names if then.get(name) != now.get(name)]

@@ -1,0 +1,327 @@
+"""Checks that a training is the training you mean: each does something to it and looks at what follows.
+
+A loss that falls says little: it falls for wrong gradients, for targets that nobody wanted and for layers that should
+have been frozen. These functions take a compiled Keras model and one batch, `(x, y, sample_weight)` as `fit` takes it,
+and give the model back as it was: weights, optimizer and random states. `FineTuner` and any other `keras.Model` will
+do; from a KerasHub model take the preprocessor off first (`model.preprocessor = None`), since the batch is arrays.
+
+None of them proves a training right. `gradient_is_right`, for instance, cannot see a part of the gradient that is
+missing altogether (`trains_what_it_should` does). They catch what lesson 12 shows, and are cheap: a few steps each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemma_lora.base.keras_on_jax import keras
+
+#: `(x, y, sample_weight)`; x is an array or a dictionary of arrays.
+Batch = tuple[Any, Any, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """What a check found.
+
+    Args:
+        check: The check's name.
+        fine: Whether it found nothing wrong.
+        says: What it measured, or what is wrong.
+    """
+
+    check: str
+    fine: bool
+    says: str
+
+    def __str__(self) -> str:
+        return f"{'✓' if self.fine else '✗'} {self.check}: {self.says}"
+
+
+@contextlib.contextmanager
+def _given_back(model: keras.Model) -> Iterator[None]:
+    """Within, the model may be trained; afterwards its variables and the optimizer's are as before."""
+    if not model.optimizer.built:
+        model.optimizer.build(model.trainable_variables)
+    variables = [*model.variables, *model.optimizer.variables]
+    before = [np.array(variable.value) for variable in variables]
+    try:
+        yield
+    finally:
+        for variable, value in zip(variables, before, strict=True):
+            variable.assign(value)
+
+
+def _loss(model: keras.Model, batch: Batch) -> float:
+    return float(model.test_on_batch(*batch, return_dict=True)["loss"])
+
+
+def _step(model: keras.Model, batch: Batch) -> float:
+    return float(model.train_on_batch(*batch, return_dict=True)["loss"])
+
+
+def what_moves(model: keras.Model, batch: Batch, steps: int = 3) -> dict[str, float]:
+    """Which weights a training changes, and how much of each: the share of its numbers that are others afterwards.
+
+    Args:
+        model: A compiled model.
+        batch: `(x, y, sample_weight)`.
+        steps: Integer, training steps. LoRA needs two before A moves: at first B is zero, and so is A's gradient.
+
+    Returns:
+        `{the weight's path: share between 0 and 1}`, all weights, frozen ones too. A path that occurs twice has its
+        number behind it.
+    """
+    with _given_back(model):
+        before = [np.array(weight.value) for weight in model.weights]
+        for _ in range(steps):
+            _step(model, batch)
+        shares = [
+            float(np.mean(np.asarray(weight.value) != old)) for weight, old in zip(model.weights, before, strict=True)
+        ]
+    return dict(zip(_paths(model.weights), shares, strict=True))
+
+
+def _paths(weights: list) -> list[str]:
+    seen: dict[str, int] = {}
+    paths = []
+    for weight in weights:
+        seen[weight.path] = seen.get(weight.path, 0) + 1
+        paths.append(weight.path if seen[weight.path] == 1 else f"{weight.path} ({seen[weight.path]})")
+    return paths
+
+
+def trains_what_it_should(
+    model: keras.Model, batch: Batch, should: Callable[[str], bool] | None = None, steps: int = 3
+) -> Finding:
+    """Whether the weights that change are those that should.
+
+    Args:
+        model, batch, steps: As in `what_moves`.
+        should: Tells of a weight's path whether training is to change it. By default, LoRA's A and B where the model
+            has any (`lora` in the weight's own name), otherwise all weights.
+
+    Returns:
+        A `Finding`. It names weights that should move and do not, weights that move and should not, and 16-bit weights
+        of which most numbers stand still, because their steps are smaller than the distance to the next number.
+    """
+    shares = what_moves(model, batch, steps)
+    if should is None:
+        has_lora = any(_is_lora(path) for path in shares)
+        should = _is_lora if has_lora else lambda path: True
+    wrong = []
+    if not any(should(path) for path in shares):
+        wrong.append("there is nothing of what should move")
+    if still := [path for path, share in shares.items() if should(path) and not share]:
+        wrong.append(f"{_some(still)} should move and does not")
+    if astray := [path for path, share in shares.items() if not should(path) and share]:
+        wrong.append(f"{_some(astray)} moves and should not")
+    kinds = dict(zip(shares, (str(weight.dtype) for weight in model.weights), strict=True))
+    coarse = [path for path, share in shares.items() if 0 < share < 0.5 and kinds[path] in ("bfloat16", "float16")]
+    if coarse:
+        wrong.append(f"most numbers of {_some(coarse)} stand still in {kinds[coarse[0]]}")
+    moving = sum(1 for share in shares.values() if share)
+    says = "; ".join(wrong) or f"{moving} of {len(shares)} weights move, as they should"
+    return Finding("trains what it should", not wrong, says)
+
+
+def _is_lora(path: str) -> bool:
+    return "lora" in path.rsplit("/", 1)[-1]
+
+
+def _some(paths: list[str]) -> str:
+    return paths[0] if len(paths) == 1 else f"{paths[0]} (and {len(paths) - 1} more)"
+
+
+def loss_and_gradient(model: keras.Model, batch: Batch) -> tuple[Callable[[list], jax.Array], list[jax.Array]]:
+    """The loss as a function of the trainable weights, and its gradient at the present ones; dropout is off.
+
+    Returns:
+        `(loss, gradient)`: a compiled function of a list of arrays, one for each trainable weight, and such a list.
+    """
+    x, y, weights = batch
+    fixed = [variable.value for variable in model.non_trainable_variables]
+    metrics = [variable.value for variable in model.metrics_variables]
+
+    @jax.jit
+    def loss(trainable):
+        return model.compute_loss_and_updates(trainable, fixed, metrics, x, y, weights, training=False)[0]
+
+    return loss, jax.jit(jax.grad(loss))([variable.value for variable in model.trainable_variables])
+
+
+def slope_ratio(model: keras.Model, batch: Batch, change: float = 0.02) -> float:
+    """How steep the loss is along its gradient, measured, as a share of what the gradient says: 1 if it is right.
+
+    Walking ε against and along g / |g|, the loss must change by 2 ε |g|, where g is the gradient. ε is such that each
+    walk should change the loss by the share `change` of it.
+
+    Args:
+        model: A compiled model in float32; in 16 bits the loss is too coarse for a difference.
+        batch: `(x, y, sample_weight)`.
+        change: Float, a small share.
+
+    Returns:
+        Float; nan if the gradient is zero.
+    """
+    loss, gradient = loss_and_gradient(model, batch)
+    present = [variable.value for variable in model.trainable_variables]
+    length = float(jnp.sqrt(sum(jnp.sum(jnp.square(part.astype("float32"))) for part in gradient)))
+    if not length:
+        return float("nan")
+    step = change * float(loss(present)) / length
+
+    def at(sign: float) -> float:
+        return float(loss([w + sign * step * g / length for w, g in zip(present, gradient, strict=True)]))
+
+    return (at(1.0) - at(-1.0)) / (2 * step * length)
+
+
+def gradient_is_right(model: keras.Model, batch: Batch, tolerance: float = 0.2) -> Finding:
+    """Whether the loss rises along its gradient as steeply as the gradient says: see `slope_ratio`."""
+    ratio = slope_ratio(model, batch)
+    if np.isnan(ratio):
+        return Finding("gradient is right", False, "it is zero everywhere")
+    says = f"the loss changes {ratio:.2f} times as fast as the gradient says"
+    return Finding("gradient is right", abs(ratio - 1) <= tolerance, says)
+
+
+def overfits_one_batch(model: keras.Model, batch: Batch, steps: int = 100, to: float = 0.2) -> Finding:
+    """Whether training on this batch alone brings its loss down to a share of what it was.
+
+    A model that cannot learn a few examples by heart has something in its way. (Or too small a learning rate, or too
+    few steps: then the loss has come down part of the way. Frozen embeddings and a frozen last norm bound the logits,
+    and so the loss from below.)
+
+    Args:
+        model: A compiled model.
+        batch: `(x, y, sample_weight)`, a few examples.
+        steps: Integer, training steps.
+        to: Float, the share that must be reached.
+    """
+    before = _loss(model, batch)
+    with _given_back(model):
+        for _ in range(steps):
+            _step(model, batch)
+        after = _loss(model, batch)
+    return Finding("overfits one batch", after <= to * before, f"{before:.3g} becomes {after:.3g} in {steps} steps")
+
+
+def evaluates_alike(model: keras.Model, batch: Batch) -> Finding:
+    """Whether evaluating twice gives one loss: with dropout at work it does not."""
+    first, second = _loss(model, batch), _loss(model, batch)
+    says = f"loss {first:.4g} both times" if first == second else f"loss {first:.4g}, then {second:.4g}"
+    return Finding("evaluates alike", first == second, says)
+
+
+def padding_is_free(model: keras.Model, batch: Batch, extra: int = 8, tolerance: float = 1e-3) -> Finding:
+    """Whether the loss stays what it is when every row gets more padding.
+
+    It does not if the mean is over positions and not over those with a weight, or if padding is attended to.
+
+    Args:
+        model: A compiled model over rows of any length, (B, T, …).
+        batch: `(x, y, sample_weight)` with T on axis 1 of every array; 0 is padding.
+        extra: Integer, positions to add.
+        tolerance: Float, relative.
+    """
+
+    def longer(array):
+        array = np.asarray(array)
+        return np.pad(array, [(0, 0), (0, extra)] + [(0, 0)] * (array.ndim - 2))
+
+    before = _loss(model, batch)
+    after = _loss(model, jax.tree.map(longer, batch))
+    says = f"loss {before:.4g}, with {extra} more places of padding {after:.4g}"
+    return Finding("padding is free", abs(after - before) <= tolerance * abs(before), says)
+
+
+def neighbours_are_unseen(model: keras.Model, batch: Batch, tolerance: float = 1e-4) -> Finding:
+    """Whether an example in a packed row is read as if it were alone.
+
+    The loss of each row's last example must not change when the tokens of the others do.
+
+    Args:
+        model: A compiled model over `{"token_ids", "padding_mask"}`, (B, T) each.
+        batch: Its padding mask holds 1, 2, … for a row's examples and 0 for padding.
+        tolerance: Float, relative.
+
+    Raises:
+        ValueError: If no row holds two examples.
+    """
+    x, y, weights = batch
+    tokens, segments = np.asarray(x["token_ids"]), np.asarray(x["padding_mask"]).astype(int)
+    last = segments.max(axis=1, keepdims=True)
+    if last.max() < 2:
+        raise ValueError("`padding_mask` must hold 1, 2, … for the examples of a row. No row of this batch has two.")
+    weights = np.where(segments == last, weights, 0)
+    others = np.where((segments > 0) & (segments < last), np.roll(tokens, 1, axis=1), tokens)
+    before = _loss(model, (x, y, weights))
+    after = _loss(model, (x | {"token_ids": others}, y, weights))
+    says = f"loss of each row's last example {before:.4g}, after others instead of its neighbours {after:.4g}"
+    return Finding("neighbours are unseen", abs(after - before) <= tolerance * abs(before), says)
+
+
+def pieces(batch: Batch, tokenizer: Any) -> list[list[tuple[str, bool]]]:
+    """A batch's tokens as strings, each with whether it carries loss: what the model is really taught.
+
+    Args:
+        batch: `({"token_ids", …}, y, sample_weight)`, (B, T) each; `y[:, t]` is the token after `token_ids[:, t]`.
+        tokenizer: With `id_to_token(id)`.
+
+    Returns:
+        A list a row of `(token, whether it carries loss)`, to the last token that is read or carries loss. Where loss
+        is carried the target stands, elsewhere the token that is read.
+    """
+    x, y, weights = batch
+    tokens, targets, weights = np.asarray(x["token_ids"]), np.asarray(y), np.asarray(weights)
+    read = np.asarray(x.get("padding_mask", tokens != 0)).astype(bool)
+    after = np.concatenate([read[:, 1:], np.zeros_like(read[:, :1])], axis=1)  # whether the next token is read
+    rows = []
+    for row in range(len(tokens)):
+        found = [(int(tokens[row, 0]), False)]
+        ends = np.flatnonzero(after[row] | (weights[row] > 0))
+        for place in range(int(ends[-1]) + 1 if len(ends) else 0):
+            carries = bool(weights[row, place] > 0)
+            found.append((int(targets[row, place] if carries else tokens[row, place + 1]), carries))
+        rows.append([(str(tokenizer.id_to_token(number)), carries) for number, carries in found])
+    return rows
+
+
+def read_back(batch: Batch, tokenizer: Any) -> list[str]:
+    """A batch as text, a string a row, with what carries loss in ⟦brackets⟧; ▁ is a space. See `pieces`."""
+    rows = []
+    for row in pieces(batch, tokenizer):
+        text, inside = "", False
+        for piece, carries in row:
+            text += ("⟦" if carries else "⟧") if carries != inside else ""
+            text, inside = text + piece, carries
+        rows.append(text + ("⟧" if inside else ""))
+    return rows
+
+
+def check(model: keras.Model, batch: Batch, should: Callable[[str], bool] | None = None) -> list[Finding]:
+    """Runs all checks that a batch allows: `for finding in check(model, batch): print(finding)`.
+
+    Args:
+        model: A compiled model.
+        batch: `(x, y, sample_weight)`, rows (B, T); neighbours are looked at where the padding mask numbers them.
+        should: As in `trains_what_it_should`.
+    """
+    found = [
+        trains_what_it_should(model, batch, should),
+        gradient_is_right(model, batch),
+        overfits_one_batch(model, batch),
+        evaluates_alike(model, batch),
+        padding_is_free(model, batch),
+    ]
+    x = batch[0]
+    if isinstance(x, dict) and np.max(x.get("padding_mask", 0)) > 1:
+        found.append(neighbours_are_unseen(model, batch))
+    return found

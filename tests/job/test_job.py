@@ -1,0 +1,227 @@
+"""The whole job on a tiny Gemma: its folder says what was done, and what it says is true."""
+
+import dataclasses
+import inspect
+import io
+import json
+import types
+
+import keras
+import pytest
+from rich.console import Console
+
+from gemma_lora.base.files import GemmaLoraError
+from gemma_lora.base.hardware import has_fast_bfloat16
+from gemma_lora.exchange.peft import load_adapter
+from gemma_lora.generation.engine import generate
+from gemma_lora.job import finetuning as job
+from gemma_lora.training.tuner import FineTuner
+from tests.conftest import CharacterTokenizer, tiny_gemma
+
+TEMPLATE = {"prompt": "{prompt}:", "response": "{response}<eos>", "stop": ["<eos>"]}
+
+
+def small_model(source=None, **named):
+    model = tiny_gemma(3)
+    model.preprocessor = types.SimpleNamespace(tokenizer=CharacterTokenizer())
+    embeddings = model.backbone.token_embedding.embeddings
+    # One length for all: then every character is as easy to learn as any other.
+    embeddings.assign(3 * keras.ops.normalize(embeddings, axis=1))
+    return model
+
+
+def rows(count, start=0):
+    return [{"prompt": f"{n}", "response": json.dumps({"c": "ab"[n % 8 == 7]})} for n in range(start, start + count)]
+
+
+def jsonl(path, records):
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records))
+    return path
+
+
+def run(patch, settings):
+    patch.setattr(job, "load_gemma", small_model)
+    patch.setattr(job, "english_text", lambda: "a river bends and bends again")
+    console = Console(file=io.StringIO(), width=200)
+    return job.finetune(settings, console), console.file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run over a dataset folder with two tests: settings, metrics, what was shown. Most answers are {"c": "a"}."""
+    folder = tmp_path_factory.mktemp("job")
+    data = folder / "colours"
+    data.mkdir()
+    for name, count in {"train": 20, "validation": 4, "test": 5, "test_unseen": 3}.items():
+        jsonl(data / f"{name}.jsonl", rows(count, start=count))
+    (data / "template.json").write_text(json.dumps(TEMPLATE))
+    settings = job.Settings(
+        data=str(data),
+        run_dir=str(folder / "run"),
+        rank=8,
+        learning_rate=2e-2,
+        epochs=20,
+        rows=2,
+        row_length=48,
+        shots=2,
+        max_new_tokens=12,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        metrics, shown = run(patch, settings)
+    return types.SimpleNamespace(settings=settings, metrics=metrics, shown=shown, dir=folder / "run")
+
+
+def test_metrics_have_the_documented_shape(finished):
+    written = json.loads((finished.dir / "metrics.json").read_text())
+    assert written == json.loads(json.dumps(finished.metrics))
+    for when in ("before", "after"):
+        assert list(written[when]) == ["test", "test_unseen"]
+        for name, count in {"test": 5, "test_unseen": 3}.items():
+            scores = written[when][name]
+            assert 0 <= scores["exact_match"] <= 1 and scores["count"] == count
+            assert list(scores["fields"]) == ["c"]
+    assert 0 < written["training_seconds"] < written["seconds"]
+    assert isinstance(written["peak_memory_bytes"], int) and written["peak_memory_bytes"] > 1e8
+    assert all(written["english_perplexity"][when] >= 1 for when in ("before", "after"))
+    assert "Q4_K_M" in written["model_note"]  # said wherever a figure of the built-in model is shown
+
+
+def test_settings_hold_every_setting(finished):
+    written = json.loads((finished.dir / "settings.json").read_text())
+    expected = dataclasses.asdict(finished.settings) | {"mixed_precision": has_fast_bfloat16()}  # decided by then
+    assert {name: written[name] for name in expected} == json.loads(json.dumps(expected))
+    assert {"keras", "keras-hub", "jax", "gemma_lora"} <= set(written["versions"])
+
+
+def test_other_data_in_a_run_that_began_is_named(tmp_path):
+    settings = job.Settings(run_dir=str(tmp_path))
+    job.claim(settings, "a")
+    (tmp_path / "training.jsonl").touch()
+    assert job.claim(settings, "a") is None
+    with pytest.raises(GemmaLoraError, match="data_sha256 was 'a', is 'b'"):
+        job.claim(settings, "b")
+
+
+def test_answers_are_one_line_an_example_and_agree_with_the_metrics(finished):
+    answers = [json.loads(line) for line in (finished.dir / "answers.jsonl").read_text().splitlines()]
+    assert [row["split"] for row in answers] == ["test"] * 5 + ["test_unseen"] * 3
+    assert [row["prompt"] for row in answers] == [r["prompt"] for r in [*rows(5, 5), *rows(3, 3)]]
+    for when in ("before", "after"):
+        for name, scores in finished.metrics[when].items():
+            mine = [row for row in answers if row["split"] == name]
+            right = [row[when].replace(" ", "") == row["response"].replace(" ", "") for row in mine]
+            assert scores["exact_match"] == pytest.approx(sum(right) / len(right))
+    # What was learnt shows: else the lines above would compare nothing with nothing.
+    assert finished.metrics["before"]["test"]["exact_match"] == 0 < finished.metrics["after"]["test"]["exact_match"] < 1
+
+
+def test_the_adapter_loads_back_and_gives_the_same_answers(finished):
+    model = load_adapter(small_model(), finished.dir / "adapter")
+    assert model.gemma_lora_template.to_dict() == TEMPLATE
+    answers = [json.loads(line) for line in (finished.dir / "answers.jsonl").read_text().splitlines()]
+    again = generate(model, [row["prompt"] for row in answers[:5]], max_new_tokens=12)
+    assert again == [row["after"] for row in answers[:5]]
+    assert again != [row["before"] for row in answers[:5]]
+
+
+def test_the_loss_is_logged_drawn_and_falls(finished):
+    log = [json.loads(line) for line in (finished.dir / "training.jsonl").read_text().splitlines()]
+    assert log[-1]["loss"] < log[0]["loss"]
+    assert all(row["tokens_per_second"] > 0 and row["memory_bytes"] > 0 for row in log)
+    png = (finished.dir / "loss.png").read_bytes()
+    assert png[:8] == b"\x89PNG\r\n\x1a\n" and png[-8:-4] == b"IEND"
+
+
+def test_the_report_shows_splits_fields_and_five_answers(finished):
+    for text in ("test_unseen", "exact match", "perplexity", "side by side", "peak memory", str(finished.dir)):
+        assert text in finished.shown
+    assert all(row["prompt"] in finished.shown and row["response"] in finished.shown for row in rows(5, 5))
+    files = {path.name for path in finished.dir.iterdir()}
+    assert {"adapter", "answers.jsonl", "loss.png", "metrics.json", "settings.json", "training.jsonl"} <= files
+    assert not [name for name in files if name.endswith(".tmp")]
+
+
+def test_a_single_file_is_scored_on_its_validation_lines(tmp_path, monkeypatch):
+    """Names look like markup, three lines are bad, the base is not scored: nothing of it may stop the job."""
+    (tmp_path / "[").mkdir()
+    records = [r | {"response": json.dumps({"[/]": "[b]"})} for r in rows(30)]
+    too_long = [{"prompt": letter * 99, "response": "b"} for letter in "xy"]
+    data = jsonl(tmp_path / "[" / "] [bold].jsonl", [*too_long, *records, "not json"])
+    settings = job.Settings(
+        data=str(data),
+        run_dir=str(tmp_path / "run [/red]"),
+        model="[dim].gguf",
+        skip_bad_lines=True,
+        evaluate_base=False,
+        limit=10,
+        rank=2,
+        rslora=True,
+        dora=True,
+        row_length=96,
+        max_new_tokens=4,
+    )
+    metrics, shown = run(monkeypatch, settings)
+    assert list(metrics["after"]) == ["validation"] and metrics["before"] == {}
+    assert 1 <= metrics["after"]["validation"]["count"] < 15
+    assert metrics["model_note"] is None
+    for text in (str(data), "[dim].gguf", "[/]", "run [/red]/"):
+        assert text in shown.replace("\n", "")
+    adapter = json.loads((tmp_path / "run [/red]" / "adapter" / "adapter_config.json").read_text())
+    assert adapter["use_rslora"] is adapter["use_dora"] is True
+    assert shown.count(" in " + str(data)) == 2 and "2 in " + str(data) in shown  # not JSON, too long
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"data": "{tmp}/none.jsonl"}, "none.jsonl: not found"),
+        ({"data": "{tmp}/long.jsonl", "row_length": 32}, "long.jsonl:2: the prompt leaves no room"),
+        ({"run_dir": "{tmp}/long.jsonl/run"}, "long.jsonl/run.*--run-dir"),
+    ],
+)
+def test_what_cannot_work_is_said_before_the_slow_work_begins(tmp_path, monkeypatch, change, message):
+    jsonl(tmp_path / "long.jsonl", [{"prompt": "a", "response": "b"}, {"prompt": "a" * 99, "response": "b"}] * 2)
+    monkeypatch.setattr(job, "perplexity", lambda *arguments: pytest.fail("the slow work began"))
+    change = {name: v.format(tmp=tmp_path) if isinstance(v, str) else v for name, v in change.items()}
+    settings = job.Settings(**{"data": str(tmp_path / "long.jsonl"), "run_dir": str(tmp_path / "run")} | change)
+    settings = dataclasses.replace(settings, evaluate_base=False)
+    with pytest.raises(GemmaLoraError, match=message):
+        run(monkeypatch, settings)
+
+
+def no_model(source, **named):
+    raise GemmaLoraError(f"{source}: the model was asked for")
+
+
+def test_a_finished_run_is_shown_again_and_not_made_again(finished, monkeypatch):
+    monkeypatch.setattr(job, "load_gemma", no_model)
+    console = Console(file=io.StringIO(), width=200)
+    assert job.finetune(finished.settings, console) == json.loads((finished.dir / "metrics.json").read_text())
+    assert all(row["prompt"] in console.file.getvalue() for row in rows(5, 5))
+
+
+def test_a_run_with_other_settings_is_kept(finished, monkeypatch):
+    monkeypatch.setattr(job, "load_gemma", no_model)
+    before = (finished.dir / "metrics.json").read_bytes()
+    with pytest.raises(GemmaLoraError, match="rank was 8, is 2.*--run-dir.*--overwrite"):
+        job.finetune(dataclasses.replace(finished.settings, rank=2), Console(file=io.StringIO()))
+    assert (finished.dir / "metrics.json").read_bytes() == before
+
+
+def test_a_command_that_failed_at_once_can_be_mended_and_run_again(tmp_path, monkeypatch):
+    """What never began to work holds no folder: neither a wrong path nor a wrong model."""
+    monkeypatch.setattr(job, "load_gemma", no_model)
+    settings = job.Settings(data=str(tmp_path / "none.jsonl"), run_dir=str(tmp_path / "run"))
+    with pytest.raises(GemmaLoraError, match="not found"):
+        job.finetune(settings, Console(file=io.StringIO()))
+    settings = dataclasses.replace(settings, data=str(jsonl(tmp_path / "there.jsonl", rows(4))))
+    for model in ("wrong", "right"):
+        with pytest.raises(GemmaLoraError, match=f"{model}: the model was asked for"):
+            job.finetune(dataclasses.replace(settings, model=model), Console(file=io.StringIO()))
+
+
+def test_the_jobs_defaults_are_finetuners_but_for_what_is_faster():
+    defaults = {name: p.default for name, p in inspect.signature(FineTuner).parameters.items()}
+    settings = dataclasses.asdict(job.Settings())
+    shared = set(defaults) & set(settings) - {"run_dir", "model"}
+    assert {name for name in shared if defaults[name] != settings[name]} == {"mixed_precision", "filter_gradient"}

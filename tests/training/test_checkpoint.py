@@ -1,0 +1,234 @@
+"""A run that was stopped at any moment goes on and ends with the same bits; what cannot go on says why."""
+
+import dataclasses
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+
+from gemma_lora.base.files import GemmaLoraError
+from gemma_lora.data.dataset import load_dataset
+from gemma_lora.data.templates import Template
+from gemma_lora.lora import layer as lora
+from gemma_lora.training import checkpoint
+from gemma_lora.training.tuner import FineTuner
+from tests.conftest import CharacterTokenizer, tiny_gemma
+
+RECORDS = [
+    {"prompt": f"say {word} {number}", "response": word} for number in range(6) for word in ("red", "green", "blue")
+]
+STATE = checkpoint.Checkpoint(
+    3, {"rank": 8, "targets": ["query"]}, [{"step": 1}], {"weight.0": np.arange(6.0).reshape(2, 3)}
+)
+
+
+def tuner_in(folder, dropout=0.2, dora=False, **named):
+    """A tiny Gemma with dropout, so that the random state matters too; a checkpoint after every step."""
+    model = tiny_gemma()
+    model.preprocessor = type("Preprocessor", (), {"tokenizer": CharacterTokenizer()})()
+    lora.apply_lora(model, rank=2, dropout=dropout, dora=dora)
+    settings = {"rows": 1, "row_length": 48, "checkpoint_seconds": 0.0, **named}
+    return FineTuner(model, run_dir=folder, **settings)
+
+
+def train(folder, callbacks=(), epochs=1, **named):
+    tuner = tuner_in(folder, **named)
+    dataset = load_dataset(RECORDS, template=Template("{prompt}:", "{response}<eos>"))
+    tuner.fit(dataset, epochs=epochs, verbose=0, callbacks=list(callbacks))
+    return tuner
+
+
+def weights_of(tuner):
+    return [np.asarray(v) for v in tuner.causal_lm.trainable_variables]
+
+
+class StopAt(keras.callbacks.Callback):
+    def __init__(self, step):
+        super().__init__()
+        self.step = step
+
+    def on_train_batch_end(self, batch, logs=None):
+        if batch + 1 == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing stopped."""
+    return train(tmp_path_factory.mktemp("whole"))
+
+
+def test_a_stopped_run_goes_on_and_ends_with_the_same_bits(tmp_path, whole, capsys):
+    for step in (2, 1):
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path, [StopAt(step)])
+        assert "holds the checkpoint of step 1 of" in capsys.readouterr().out
+    tuner = train(tmp_path)
+    assert "goes on after step" in capsys.readouterr().out
+    for ours, theirs in zip(weights_of(tuner), weights_of(whole), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    rows = [json.loads(line) for line in (tmp_path / "training.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, len(whole.log.rows) + 1))
+    # The log takes a step's loss from Keras's running mean in float32, which starts anew when a run goes on.
+    np.testing.assert_allclose([row["loss"] for row in rows], [row["loss"] for row in whole.log.rows], rtol=1e-5)
+
+
+def test_doras_magnitude_goes_on_too(tmp_path):
+    right = train(tmp_path / "whole", dora=True)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "stopped", [StopAt(3)], dora=True)
+    tuner = train(tmp_path / "stopped", dora=True)
+    names = [v.name for v in tuner.causal_lm.trainable_variables]
+    assert names.count("magnitude") == 4
+    for ours, theirs in zip(weights_of(tuner), weights_of(right), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    start = tuner_in(None, dora=True)
+    assert all(np.any(new != old) for new, old in zip(weights_of(tuner), weights_of(start), strict=True))
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import tests.test_checkpoint as t
+from gemma_lora.training import checkpoint
+from gemma_lora.base import files
+folder, where, step = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+if where == "between":
+    class Die(t.keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if batch + 1 == step:
+                die()
+    t.train(folder, [Die()])
+else:
+    import safetensors.numpy as module
+    plain, count = module.save_file, [0]
+    def half_written(tensors, path, metadata):
+        plain(tensors, path, metadata)
+        count[0] += 1
+        if count[0] == step:
+            os.truncate(path, os.path.getsize(path) // 2)
+            die()
+    module.save_file = half_written
+    t.train(folder)
+"""
+
+
+def killed(folder, where, step):
+    command = [sys.executable, "-c", KILLED, str(folder), where, str(step)]
+    root = Path(__file__).resolve().parent.parent
+    return subprocess.run(command, cwd=root, env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True).returncode
+
+
+def test_sigkill_between_steps_and_while_a_checkpoint_is_written(tmp_path, whole):
+    assert killed(tmp_path, "between", 2) == -signal.SIGKILL
+    assert checkpoint.load(tmp_path).step >= 1
+    assert killed(tmp_path, "writing", 2) == -signal.SIGKILL  # the second write of this process is torn
+    assert checkpoint.load(tmp_path) is not None
+    tuner = train(tmp_path)
+    for ours, theirs in zip(weights_of(tuner), weights_of(whole), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_finished_run_says_so_and_changes_nothing(tmp_path, capsys):
+    first = train(tmp_path)
+    again = train(tmp_path)
+    assert "is finished" in capsys.readouterr().out
+    for ours, theirs in zip(weights_of(again), weights_of(first), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"learning_rate": 1e-4}, "learning_rate was 0.0005, is 0.0001"),
+        ({"dropout": 0.1}, "lora"),
+        ({"dora": True}, "dora"),
+    ],
+)
+def test_changed_settings_are_named(tmp_path, change, named):
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, [StopAt(2)])  # a user's callbacks come first, so the checkpoint is step 1's
+    with pytest.raises(GemmaLoraError, match=named):
+        train(tmp_path, **change)
+
+
+def test_a_weight_that_is_no_number_leaves_the_last_good_checkpoint(tmp_path):
+    class Spoil(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if batch == 1:
+                self.model.jax_state_sync()
+                variable = self.model.causal_lm.trainable_variables[0]
+                variable.assign(np.full(variable.shape, np.nan))
+
+    with pytest.raises(GemmaLoraError, match="not a finite number.* holds the checkpoint of step 1 of"):
+        train(tmp_path, [Spoil()])
+    assert all(np.isfinite(a).all() for a in checkpoint.load(tmp_path).arrays.values())
+
+
+def test_a_full_disk_says_which_checkpoint_there_is(tmp_path, monkeypatch):
+    save, count = checkpoint.save, []
+
+    def full(folder, state):
+        count.append(1)
+        if len(count) == 2:
+            raise OSError(28, "No space left on device", str(folder))
+        save(folder, state)
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    with pytest.raises(GemmaLoraError, match="No space left on device.* holds the checkpoint of step 1 of"):
+        train(tmp_path)
+    assert checkpoint.load(tmp_path).step == 1
+
+
+def test_stopped_before_the_first_checkpoint(tmp_path, capsys):
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, [StopAt(1)])
+    assert "Stopped." in capsys.readouterr().out and checkpoint.load(tmp_path) is None
+
+
+def test_round_trip_and_no_checkpoint(tmp_path):
+    assert checkpoint.load(tmp_path) is None
+    checkpoint.save(tmp_path, STATE)
+    found = checkpoint.load(tmp_path)
+    assert (found.step, found.settings, found.log) == (STATE.step, STATE.settings, STATE.log)
+    np.testing.assert_array_equal(found.arrays["weight.0"], STATE.arrays["weight.0"])
+
+
+def test_a_full_disk_is_a_message_and_the_last_checkpoint_stands(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path, STATE)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("safetensors.numpy.save_file", full)
+    with pytest.raises(GemmaLoraError, match="No space left.*goes on from the last checkpoint"):
+        checkpoint.save(tmp_path, dataclasses.replace(STATE, step=9))
+    monkeypatch.undo()
+    assert checkpoint.load(tmp_path).step == 3
+    assert [path.name for path in tmp_path.iterdir()] == [checkpoint.FILE]
+
+
+@pytest.mark.parametrize("content", [b"", b"\x10" * 100, None])
+def test_a_damaged_checkpoint_is_named(tmp_path, content):
+    if content is None:  # safetensors, but not ours
+        from safetensors.numpy import save_file
+
+        save_file({"a": np.ones(2)}, tmp_path / checkpoint.FILE)
+    else:
+        (tmp_path / checkpoint.FILE).write_bytes(content)
+    with pytest.raises(GemmaLoraError, match=f"{checkpoint.FILE}: not a checkpoint"):
+        checkpoint.load(tmp_path)
+
+
+def test_changed_settings_ignores_tuples_and_order():
+    assert checkpoint.changed_settings({"a": [1, 2], "b": 1}, {"b": 1, "a": (1, 2)}) == []
+    assert checkpoint.changed_settings({"a": 1}, {"b": 2}) == ["a was 1, is None", "b was None, is 2"]
