@@ -59,10 +59,10 @@ latest: ## newest releases of everything, in a throw-away environment: lesson 12
 	rm -rf .venv-latest
 	$(PYTHON) -m venv .venv-latest
 	$(LATEST) -m pip install --quiet --disable-pip-version-check --no-compile --upgrade -e ".[weights,notebooks,data,dev]"
-	$(LATEST) -m gemma_lora.traps
+	$(LATEST) -m gemma_lora.course.traps
 	@$(LATEST) -m pytest -q --nbval-lax $(NBVAL_OPTIONS) notebooks/12_silent_failures.ipynb || \
-	  { $(LATEST) -m gemma_lora.traps --news && echo "Lesson 12 does not hold on these versions, since a trap has changed: see the table above."; }
-	$(LATEST) -m pytest -q -n 2 --dist loadfile --ignore tests/parity --ignore tests/test_traps.py $(TESTS)
+	  { $(LATEST) -m gemma_lora.course.traps --news && echo "Lesson 12 does not hold on these versions, since a trap has changed: see the table above."; }
+	$(LATEST) -m pytest -q -n 2 --dist loadfile --ignore tests/parity --ignore tests/course/test_traps.py $(TESTS)
 	rm -rf .venv-latest
 
 lint: env ## ruff (notebooks too) and mypy (1 minute)

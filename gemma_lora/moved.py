@@ -13,6 +13,7 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 #: The old name in `gemma_lora` -> the module today.
 MOVED = {
@@ -60,6 +61,11 @@ class _Loader(importlib.abc.Loader):
         module = importlib.import_module(self.name)
         self.own_spec = module.__spec__
         return module
+
+    def get_code(self, fullname: str) -> Any:
+        """For `python -m` with an old name."""
+        spec = importlib.util.find_spec(self.name)
+        return None if spec is None else spec.loader.get_code(self.name)  # type: ignore[union-attr]
 
     def exec_module(self, module: ModuleType) -> None:
         module.__spec__ = self.own_spec  # the import system has put the old name's there

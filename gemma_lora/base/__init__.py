@@ -2,7 +2,7 @@
 
 from gemma_lora.base.lazy import lazy_names
 
-_MODULES = {
+_MODULES: dict[str, list[str]] = {
     "backend": ["require_jax"],
     "files": [
         "GemmaLoraError",

@@ -2,7 +2,7 @@
 
 from gemma_lora.base.lazy import lazy_names
 
-_MODULES = {
+_MODULES: dict[str, list[str]] = {
     "dataset": ["Dataset", "load_dataset", "Encoded", "encode", "encode_prompt", "batches", "MaskView", "show_mask"],
     "formats": ["Example", "BadLines", "read_jsonl", "from_records", "to_example"],
     "packing": ["Batch", "pack"],

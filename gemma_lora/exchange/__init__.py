@@ -2,7 +2,7 @@
 
 from gemma_lora.base.lazy import lazy_names
 
-_MODULES = {
+_MODULES: dict[str, list[str]] = {
     "peft": ["Slot", "slots", "save_adapter", "load_adapter"],
 }
 __getattr__, __dir__, __all__ = lazy_names(__name__, _MODULES)

@@ -2,7 +2,7 @@
 
 from gemma_lora.base.lazy import lazy_names
 
-_MODULES = {
+_MODULES: dict[str, list[str]] = {
     "gguf": ["read_index", "read_tensor"],
     "load": [
         "BUILTIN_NAME",

@@ -6,7 +6,7 @@ from datetime import date
 
 import pytest
 
-from tests.test_expenses import dates_in, notes_of, plain, unslipped
+from tests.data.test_expenses import dates_in, notes_of, plain, unslipped
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from gemma_lora.data.dataset import encode_prompt
 from gemma_lora.data.templates import Template
 from gemma_lora.gemma import load as gemma
 from gemma_lora.generation.engine import generate
-from tests.test_gguf import write_gguf
+from tests.gemma.test_gguf import write_gguf
 
 BEGINNING = "The capital of France is"
 CONTINUED = (

@@ -12,7 +12,7 @@ from gemma_lora.lora import houlsby as adapters
 from gemma_lora.lora import layer as lora
 from gemma_lora.training.tuner import FineTuner
 from tests.conftest import tiny_gemma
-from tests.test_checkpoint import StopAt
+from tests.training.test_checkpoint import StopAt
 
 X = {"token_ids": np.arange(12)[None] + 5, "padding_mask": np.ones((1, 12), "int32")}
 

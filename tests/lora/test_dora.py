@@ -12,8 +12,8 @@ from gemma_lora.lora import dora, qlora
 from gemma_lora.lora import layer as lora
 from gemma_lora.training.tuner import FineTuner
 from tests.conftest import tiny_gemma
-from tests.test_lora import CASES
-from tests.test_lora_gradients import ALPHA, D_IN, D_OUT, RANK, flat, problem
+from tests.lora.test_lora import CASES
+from tests.lora.test_lora_gradients import ALPHA, D_IN, D_OUT, RANK, flat, problem
 
 INPUTS = {"token_ids": np.arange(12)[None] + 5, "padding_mask": np.ones((1, 12), "int32")}
 

@@ -96,7 +96,7 @@ def test_doras_magnitude_goes_on_too(tmp_path):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-import tests.test_checkpoint as t
+import tests.training.test_checkpoint as t
 from gemma_lora.training import checkpoint
 from gemma_lora.base import files
 folder, where, step = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
