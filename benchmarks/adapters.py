@@ -43,8 +43,8 @@ METHODS: dict[str, dict[str, Any]] = {
 
 def attach(model, method: str) -> None:
     """Gives the model what the method trains, in place of anything it has."""
+    from gemma_lora import lora
     from gemma_lora.lora import houlsby as adapters
-    from gemma_lora.lora import layer as lora
 
     lora.detach_lora(model)
     adapters.remove_adapters(model)

@@ -38,8 +38,8 @@ ENCODINGS: dict[str, dict[str, Any]] = {
 
 def sizes(model) -> dict[str, float]:
     """Bytes and bits a weight of the linear layers and of the embedding, whether packed or not."""
+    from gemma_lora import lora
     from gemma_lora.layers.linear import matrix_shape
-    from gemma_lora.lora import layer as lora
     from gemma_lora.lora import qlora
 
     count = sum(math.prod(matrix_shape(layer)) for _, _, layer in lora.linear_layers(model))

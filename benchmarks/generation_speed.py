@@ -56,14 +56,12 @@ def keras_hub(peer: str, count: int) -> Answers:
     import numpy as np
 
     import gemma_lora as gl
-    from gemma_lora.gemma import blocks
-    from gemma_lora.lora import layer as lora
+    from gemma_lora import lora
 
     model = gl.load_adapter(gl.load_gemma(), ADAPTER)
     tokens, stops = prompts(count, model.preprocessor.tokenizer)
     lora.merge_lora(model)
     lora.detach_lora(model)
-    blocks.disable_segments(model.backbone)
     model.preprocessor = None
     length = max(map(len, tokens)) + NEW_TOKENS
     token_ids = np.zeros((count, length), "int32")

@@ -142,14 +142,12 @@ def run_keras_hub(peer: str, repeats: int, count: int) -> dict:
 
     import gemma_lora as gl
     from gemma_lora.base.hardware import peak_memory_bytes
-    from gemma_lora.gemma import blocks
 
     model = gl.load_gemma()
     encoded, stream = lines(count, model.preprocessor.tokenizer)
     if peer == "keras_hub_mixed":
         for layer in model._flatten_layers():
             layer.dtype_policy = "mixed_bfloat16"
-    blocks.disable_segments(model.backbone)
     model.preprocessor = None
     model.backbone.enable_lora(RANK)
     model.compile(

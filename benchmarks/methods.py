@@ -130,7 +130,7 @@ def keras_int8_lora(model, rank: int, seed: int) -> None:
     """Keras's own way on the linear layers: `quantize("int8")`, then `enable_lora`; what gets wrong gradients."""
     import keras
 
-    from gemma_lora.lora import layer as lora
+    from gemma_lora import lora
 
     keras.utils.set_random_seed(seed)
     layers = [layer for _, _, layer in lora.linear_layers(model)]

@@ -77,7 +77,7 @@ def spectra(model) -> dict:
     """How the updates are made up: the energy that the k strongest directions hold, over all layers, k from 1."""
     import numpy as np
 
-    from gemma_lora.lora import layer as lora
+    from gemma_lora import lora
     from gemma_lora.lora import low_rank
 
     energy = []

@@ -51,7 +51,6 @@ def key_of(setting: dict[str, int]) -> str:
 
 def with_vocabulary(model, size: int):
     """The model with the first `size` rows of its embedding."""
-    from gemma_lora.gemma import blocks
     from gemma_lora.gemma import load as gemma
 
     backbone = model.backbone
@@ -61,7 +60,6 @@ def with_vocabulary(model, size: int):
     small = type(backbone)(**backbone.get_config() | {"vocabulary_size": size, "name": None})
     for new, old in zip(small.variables, backbone.variables, strict=True):
         new.assign(old.value[: new.shape[0]])
-    blocks.enable_segments(small)
     return hub.models.Gemma3CausalLM(backbone=small, preprocessor=None)
 
 

@@ -38,8 +38,8 @@ def trained_parameters(model) -> int:
 def adapter_bytes(model: Any) -> int | None:
     """Size of the file of a model's LoRA or Houlsby adapters; None if it has neither."""
     import gemma_lora as gl
+    from gemma_lora import lora
     from gemma_lora.lora import houlsby as adapters
-    from gemma_lora.lora import layer as lora
 
     with tempfile.TemporaryDirectory() as folder:
         if lora.lora_layers(model):

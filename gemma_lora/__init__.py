@@ -26,13 +26,13 @@ if TYPE_CHECKING:
     from gemma_lora.generation.evaluation import perplexity as perplexity
     from gemma_lora.generation.evaluation import teacher_forced as teacher_forced
     from gemma_lora.layers.loss import chunked_cross_entropy as chunked_cross_entropy
+    from gemma_lora.lora.apply import apply_lora as apply_lora
+    from gemma_lora.lora.apply import detach_lora as detach_lora
+    from gemma_lora.lora.apply import merge_lora as merge_lora
+    from gemma_lora.lora.apply import unmerge_lora as unmerge_lora
     from gemma_lora.lora.houlsby import apply_adapters as apply_adapters
     from gemma_lora.lora.layer import LoRADense as LoRADense
     from gemma_lora.lora.layer import LoRAEinsumDense as LoRAEinsumDense
-    from gemma_lora.lora.layer import apply_lora as apply_lora
-    from gemma_lora.lora.layer import detach_lora as detach_lora
-    from gemma_lora.lora.layer import merge_lora as merge_lora
-    from gemma_lora.lora.layer import unmerge_lora as unmerge_lora
     from gemma_lora.lora.qlora import dequantize_base as dequantize_base
     from gemma_lora.lora.qlora import quantize_base as quantize_base
     from gemma_lora.training.tuner import FineTuner as FineTuner
@@ -49,7 +49,8 @@ _MODULES = {
     "generation.evaluation": ["evaluate", "exact_match", "perplexity", "teacher_forced"],
     "layers.loss": ["chunked_cross_entropy"],
     "lora.houlsby": ["apply_adapters"],
-    "lora.layer": ["LoRADense", "LoRAEinsumDense", "apply_lora", "detach_lora", "merge_lora", "unmerge_lora"],
+    "lora.apply": ["apply_lora", "detach_lora", "merge_lora", "unmerge_lora"],
+    "lora.layer": ["LoRADense", "LoRAEinsumDense"],
     "lora.qlora": ["dequantize_base", "quantize_base"],
     "training.tuner": ["FineTuner"],
 }

@@ -81,7 +81,7 @@ def finetune(
     from gemma_lora.job import finetuning as job
 
     names = targets if targets == "all-linear" else tuple(t.strip() for t in targets.split(","))
-    from gemma_lora.lora.layer import target_names
+    from gemma_lora.lora.apply import target_names
 
     target_names(names)
     _check_quantization(quantization, double_quant)

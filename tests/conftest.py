@@ -41,7 +41,6 @@ def tiny_gemma(generation: int = 3, seed: int = 0, vocabulary_size: int = 300, l
     import keras
     import numpy as np
 
-    from gemma_lora.gemma.blocks import enable_segments
     from gemma_lora.gemma.load import import_keras_hub
 
     hub = import_keras_hub()
@@ -84,7 +83,6 @@ def tiny_gemma(generation: int = 3, seed: int = 0, vocabulary_size: int = 300, l
     for variable in backbone.variables:
         variable.assign(rng.normal(0, 0.4, variable.shape))
     keras.utils.set_random_seed(seed)
-    enable_segments(backbone)
     return model
 
 

@@ -7,13 +7,12 @@ import types
 
 import pytest
 
-from gemma_lora import cli
+from gemma_lora import cli, lora
 from gemma_lora.base.files import GemmaLoraError
 from gemma_lora.data.templates import Template
 from gemma_lora.exchange.peft import save_adapter
 from gemma_lora.generation.evaluation import Scores
 from gemma_lora.job import finetuning as job
-from gemma_lora.lora import layer as lora
 from tests.conftest import CharacterTokenizer, tiny_gemma
 
 MARKUP = "[bold]x[/bold] [/] [red"

@@ -151,7 +151,7 @@ for name in {names}:
     importlib.import_module("gemma_lora." + name)
 import jax.numpy as jnp, keras
 assert keras.backend.backend() == "jax"
-from gemma_lora.lora.layer import LoRADense
+from gemma_lora.lora import LoRADense
 from gemma_lora.layers.loss import chunked_cross_entropy
 dense = keras.layers.Dense(4)
 dense.build((None, 3))

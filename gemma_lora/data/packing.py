@@ -1,8 +1,8 @@
 """Packing: several examples share a row, so that hardly a token is padding.
 
 An example of n tokens takes n - 1 places: its last token is only ever a target. A row carries segment ids (1, 2, … for
-its examples, 0 for padding); `blocks.enable_segments` keeps an example from seeing its neighbours. All batches have one
-shape, so XLA compiles the training step once.
+its examples, 0 for padding); `gemma.attention.packed_rows` keeps an example from seeing its neighbours. All batches
+have one shape, so XLA compiles the training step once.
 """
 
 from __future__ import annotations

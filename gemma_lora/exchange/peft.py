@@ -19,19 +19,12 @@ import numpy as np
 from gemma_lora.base.files import GemmaLoraError, atomic_path, write_json_atomic
 from gemma_lora.base.keras_on_jax import keras
 from gemma_lora.layers import linear
-from gemma_lora.lora import layer as lora
+from gemma_lora.layers.places import PLACES, linear_places
+from gemma_lora.layers.surgery import forget_programs, replace
+from gemma_lora.lora.apply import detach_lora, lora_layers
 from gemma_lora.lora.dora import column_squares
+from gemma_lora.lora.layer import LoRADense, LoRAEinsumDense, LoRALayer
 
-#: Our target names -> (attribute path in a KerasHub block, module path in transformers' block).
-_MODULES = {
-    "query": ("attention.query_dense", "self_attn.q_proj"),
-    "key": ("attention.key_dense", "self_attn.k_proj"),
-    "value": ("attention.value_dense", "self_attn.v_proj"),
-    "attention_output": ("attention.output_dense", "self_attn.o_proj"),
-    "gate": ("gating_ffw", "mlp.gate_proj"),
-    "up": ("gating_ffw_2", "mlp.up_proj"),
-    "down": ("ffw_linear", "mlp.down_proj"),
-}
 #: PEFT's names of what an adapter holds for a module; the last with DoRA only.
 _FACTORS, _MAGNITUDE = ("lora_A", "lora_B"), "lora_magnitude_vector"
 _CONFIG, _WEIGHTS, _TEMPLATE = "adapter_config.json", "adapter_model.safetensors", "template.json"
@@ -57,12 +50,8 @@ def slots(model: keras.Model) -> Iterator[Slot]:
     if not hasattr(backbone, "transformer_layers"):
         raise ValueError(f"`model` must be a KerasHub Gemma model or backbone. Received: {type(model).__name__}")
     for number, block in enumerate(backbone.transformer_layers):
-        for target, (path, module) in _MODULES.items():
-            parent = block
-            *inner, attribute = path.split(".")
-            for name in inner:
-                parent = getattr(parent, name)
-            yield Slot(target, f"model.layers.{number}.{module}", parent, attribute)
+        for target, parent, attribute in linear_places(block):
+            yield Slot(target, f"model.layers.{number}.{PLACES[target].transformers}", parent, attribute)
 
 
 def save_adapter(
@@ -88,7 +77,7 @@ def save_adapter(
     """
     from safetensors.numpy import save_file
 
-    adapted = [slot for slot in slots(model) if isinstance(slot.layer, lora._LoRALayer)]
+    adapted = [slot for slot in slots(model) if isinstance(slot.layer, LoRALayer)]
     if not adapted:
         raise GemmaLoraError("The model has no LoRA layers to save. Call `apply_lora` first.")
     tensors = {}
@@ -155,15 +144,15 @@ def load_adapter(model: keras.Model, folder: str | os.PathLike) -> keras.Model:
     dora = bool(config.get("use_dora"))
     modules = _read_modules(folder / _WEIGHTS, dora)
     places = {slot.module: slot for slot in slots(model)}
-    if any(getattr(layer, "merged", False) for layer in lora.lora_layers(model)):
+    if any(getattr(layer, "merged", False) for layer in lora_layers(model)):
         raise GemmaLoraError("The model holds a merged adapter. Call `unmerge_lora(model)` before another is loaded.")
     _check_fit(folder, modules, places)
-    lora.detach_lora(model)
+    detach_lora(model)
     for variable in model.variables:
         variable.trainable = False
     for module, tensors in modules.items():
         slot = places[module]
-        cls = lora.LoRADense if isinstance(slot.layer, keras.layers.Dense) else lora.LoRAEinsumDense
+        cls = LoRADense if isinstance(slot.layer, keras.layers.Dense) else LoRAEinsumDense
         layer = cls(
             slot.layer,
             tensors["lora_A"].shape[0],
@@ -176,7 +165,8 @@ def load_adapter(model: keras.Model, folder: str | os.PathLike) -> keras.Model:
         layer.lora_b.assign(tensors["lora_B"].T)
         if dora:
             layer.magnitude.assign(tensors[_MAGNITUDE])
-        lora._replace(slot.parent, slot.attribute, layer)
+        replace(slot.parent, slot.attribute, layer)
+    forget_programs(model)
     model.gemma_lora_template = _read_template(folder)
     return model
 
@@ -253,7 +243,7 @@ def _check_fit(folder: Path, modules: dict[str, dict[str, np.ndarray]], places: 
 
 def _base(slot: Slot) -> keras.layers.Layer:
     """The linear layer in a place, without the LoRA that may stand around it."""
-    return slot.layer.base if isinstance(slot.layer, lora._LoRALayer) else slot.layer
+    return slot.layer.base if isinstance(slot.layer, LoRALayer) else slot.layer
 
 
 def _changes(tensors: dict[str, np.ndarray], slot: Slot) -> bool:

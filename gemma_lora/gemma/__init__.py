@@ -3,6 +3,9 @@
 from gemma_lora.base.lazy import lazy_names
 
 _MODULES: dict[str, list[str]] = {
+    "architectures": ["Architecture", "Family", "FAMILIES", "architecture_of"],
+    "attention": ["packed_rows"],
+    "forward": ["hidden_states"],
     "gguf": ["read_index", "read_tensor"],
     "load": [
         "BUILTIN_NAME",
@@ -15,5 +18,6 @@ _MODULES: dict[str, list[str]] = {
         "builtin_gguf",
     ],
     "memory": ["CONFIGURATIONS", "Configuration", "configuration_of", "plan"],
+    "weights": ["Weights", "collect", "head_table"],
 }
 __getattr__, __dir__, __all__ = lazy_names(__name__, _MODULES)

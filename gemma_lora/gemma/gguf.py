@@ -20,6 +20,7 @@ import numpy as np
 
 from gemma_lora.base.files import GemmaLoraError, atomic_path, cache_dir, sha256_of, write_json_atomic
 from gemma_lora.layers.linear import matrix_shape
+from gemma_lora.layers.places import PLACES, linear_places
 from gemma_lora.quantization.packed import Int8Rows
 
 _INDEX_VERSION = 2
@@ -270,27 +271,14 @@ def weights_for(index: Index, backbone, norms_only: bool = False) -> Iterator[tu
             yield from _kernel_weights(index, f"blk.{number}", block)
 
 
-#: A block's linear layers: the file's name -> the attributes that lead to KerasHub's layer.
-_LINEAR = {
-    "attn_q": ("attention", "query_dense"),
-    "attn_k": ("attention", "key_dense"),
-    "attn_v": ("attention", "value_dense"),
-    "attn_output": ("attention", "output_dense"),
-    "ffn_gate": ("gating_ffw",),
-    "ffn_up": ("gating_ffw_2",),
-    "ffn_down": ("ffw_linear",),
-}
-
-
 def linear_tensors(index: Index, backbone) -> Iterator[tuple[Any, str, str]]:
     """Yields `(parent, attribute, tensor's name)` for every linear layer of the blocks; shapes are checked.
 
     The file's matrix is `(d_out, d_in)`, with the heads one after the other.
     """
     for number, block in enumerate(backbone.transformer_layers):
-        for name, (*holders, attribute) in _LINEAR.items():
-            parent = getattr(block, holders[0]) if holders else block
-            tensor = f"blk.{number}.{name}.weight"
+        for name, parent, attribute in linear_places(block):
+            tensor = f"blk.{number}.{PLACES[name].gguf}.weight"
             d_in, d_out = matrix_shape(getattr(parent, attribute))
             _check_matrix(index, tensor, _tensor(index, tensor).shape, (d_out, d_in))
             yield parent, attribute, tensor

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import os
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 from gemma_lora.base.backend import require_jax
@@ -89,9 +87,6 @@ def load_gemma(
             from gemma_lora.lora.qlora import quantize_base
 
             quantize_base(model, quantization, double_quant)
-    from gemma_lora.gemma.blocks import enable_segments
-
-    enable_segments(model.backbone)
     return model
 
 
@@ -142,14 +137,17 @@ def _package_part(package: str) -> Path:
 def _from_gguf(path: Path, dtype: str, quantization: str | None, double_quant: bool):
     """Builds a `Gemma3CausalLM` and fills it tensor by tensor."""
     from gemma_lora.gemma import gguf
+    from gemma_lora.gemma.unfilled import unfilled_variables
 
     index = gguf.read_index(path)
     config = gguf.backbone_config(index)
     hub = import_keras_hub()
-    with _cheap_initializers():
+    with unfilled_variables():
         backbone = hub.models.Gemma3Backbone(**config, dtype=dtype)
+    unfilled = backbone.variables
     if quantization is not None:
         _pack_from_gguf(index, backbone, quantization, double_quant)
+    filled = set()
     for variable, value in gguf.weights_for(index, backbone, norms_only=quantization is not None):
         if tuple(variable.shape) != value.shape:
             raise GemmaLoraError(
@@ -157,6 +155,10 @@ def _from_gguf(path: Path, dtype: str, quantization: str | None, double_quant: b
                 "Convert it again."
             )
         variable.assign(value)
+        filled.add(id(variable))
+    held = {id(v) for v in backbone.variables}  # what was packed is held no more
+    if missing := [v.path for v in unfilled if id(v) in held - filled]:
+        raise GemmaLoraError(f"{path}: holds nothing for {missing[0]}. Convert it again.")
     with quiet_stderr(), left_out():  # SentencePiece tells of its normalizer
         tokenizer = hub.tokenizers.Gemma3Tokenizer(proto=index.tokenizer, has_vision_tokens=False)
     preprocessor = hub.models.Gemma3CausalLMPreprocessor(tokenizer, sequence_length=512)
@@ -184,26 +186,7 @@ def _pack_from_gguf(index, backbone, quantization: str, double_quant: bool) -> N
         d_in, d_out = linear.matrix_shape(layer)
         encoding = packed.GGUFBlocks((d_out, d_in), kind)
         qlora.replace_by_packed(parent, attribute, layer, encoding, {"blocks": blocks})
-    qlora.pack_embedding(backbone.token_embedding, gguf.read_int8_rows(index, "token_embd.weight"))
-
-
-@contextlib.contextmanager
-def _cheap_initializers() -> Iterator[None]:
-    """Zeros in place of random numbers, for weights that are about to be overwritten."""
-    import keras
-
-    from gemma_lora.gemma.gguf import aligned_zeros
-
-    cls, original = keras.initializers.VarianceScaling, keras.initializers.VarianceScaling.__call__
-
-    def zeros(self, shape, dtype=None):
-        return keras.ops.convert_to_tensor(aligned_zeros(tuple(shape)), dtype=dtype)
-
-    cls.__call__ = zeros
-    try:
-        yield
-    finally:
-        cls.__call__ = original
+    qlora.pack_embedding(backbone, gguf.read_int8_rows(index, "token_embd.weight"))
 
 
 def _from_preset(source: str, dtype: str):

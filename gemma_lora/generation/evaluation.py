@@ -7,6 +7,7 @@ import importlib.resources
 import json
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,9 +17,11 @@ from gemma_lora.base.files import GemmaLoraError
 from gemma_lora.base.keras_on_jax import keras
 from gemma_lora.data.dataset import Example, Template, encode
 from gemma_lora.data.packing import Batch, pack
+from gemma_lora.gemma.architectures import Architecture, architecture_of
+from gemma_lora.gemma.forward import packed_hidden
+from gemma_lora.gemma.weights import Weights, collect
 from gemma_lora.generation.engine import generate
 from gemma_lora.layers.loss import chunked_cross_entropy, token_scores
-from gemma_lora.lora.qlora import head_table
 
 
 def parse_object(text: str) -> dict[str, Any] | None:
@@ -169,25 +172,31 @@ def teacher_forced(
     batches = [_stacked(alone[start : start + rows], rows) for start in range(0, len(alone), rows)]
     answers = [np.flatnonzero(weights) for _, _, _, weights in batches]
     most = max(map(len, answers))  # one shape, so that XLA compiles once
-    variables = model.backbone.variables
-
-    @jax.jit
-    def scores_of(values, token_ids, segment_ids, places, targets):
-        with keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True))):
-            hidden = model.backbone({"token_ids": token_ids, "padding_mask": segment_ids})  # (rows, T, D)
-            embedding = model.backbone.token_embedding
-            hidden = hidden.reshape(-1, hidden.shape[-1])[places]  # (P, D)
-            return token_scores(hidden, head_table(embedding), targets, soft_cap=embedding.logit_soft_cap)
-
-    values, losses, whole = [v.value for v in variables], [], []
+    architecture, weights = architecture_of(model.backbone), collect(model)
+    losses, whole = [], []
     for (token_ids, segment_ids, targets, _), answer in zip(batches, answers, strict=True):
         places = np.pad(answer, (0, most - len(answer)))
-        found = scores_of(values, token_ids, segment_ids, places, targets.flat[places])
+        found = _scores_at(architecture, weights, token_ids, segment_ids, places, targets.flat[places])
         loss, right = (np.asarray(part)[: len(answer)] for part in found)
         losses.append(loss)
         example = segment_ids.flat[answer] + row_length * (answer // row_length)  # a number of its own in each row
         whole += [bool(right[example == number].all()) for number in np.unique(example)]
     return TeacherForced(float(np.concatenate(losses).mean()), sum(whole) / len(whole), len(whole))
+
+
+@partial(jax.jit, static_argnames=("architecture",))
+def _scores_at(architecture: Architecture, weights: Weights, token_ids, segment_ids, places, targets):
+    """Losses and whether they are the likeliest, of the targets at some places of packed rows: (P,) each."""
+    hidden = packed_hidden(architecture, weights, token_ids, segment_ids)
+    hidden = hidden.reshape(-1, hidden.shape[-1])[places]  # (P, D)
+    return token_scores(hidden, weights.head, targets, soft_cap=architecture.logit_soft_cap)
+
+
+@partial(jax.jit, static_argnames=("architecture",))
+def _mean_loss(architecture: Architecture, weights: Weights, token_ids, targets, counted):
+    """Mean loss of the tokens that count, in rows of one text each."""
+    hidden = packed_hidden(architecture, weights, token_ids, counted > 0)
+    return chunked_cross_entropy(hidden, weights.head, targets, counted, soft_cap=architecture.logit_soft_cap)
 
 
 _ROWS = 4  # rows that are scored together: packed kernels are decoded once for all of them
@@ -248,23 +257,13 @@ def perplexity(model: keras.Model, text: str, window: int = 256) -> float:
     rows = -(-len(ids) // window)
     targets = np.zeros((rows, window), np.int32)
     targets.flat[: len(ids)] = ids
-    weights = (np.arange(rows * window) < len(ids)).astype(np.float32).reshape(rows, window)
+    counted = (np.arange(rows * window) < len(ids)).astype(np.float32).reshape(rows, window)
     starts = np.full((rows, 1), tokenizer.token_to_id("<bos>"), np.int32)
     token_ids = np.concatenate([starts, targets[:, :-1]], axis=1)
     total = 0.0
-    variables = model.backbone.variables
-
-    @jax.jit
-    def window_loss(values, token_ids, targets, weights):
-        with keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True))):
-            hidden = model.backbone({"token_ids": token_ids, "padding_mask": (weights > 0).astype("int32")})
-            embedding = model.backbone.token_embedding
-            return chunked_cross_entropy(
-                hidden, head_table(embedding), targets, weights, soft_cap=embedding.logit_soft_cap
-            )
-
-    values = [v.value for v in variables]
+    architecture, model_weights = architecture_of(model.backbone), collect(model)
     for row in range(rows):
-        loss = window_loss(values, token_ids[row : row + 1], targets[row : row + 1], weights[row : row + 1])
-        total += float(loss) * float(weights[row].sum())
+        here = slice(row, row + 1)
+        loss = _mean_loss(architecture, model_weights, token_ids[here], targets[here], counted[here])
+        total += float(loss) * float(counted[row].sum())
     return math.exp(total / len(ids))

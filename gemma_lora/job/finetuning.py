@@ -22,7 +22,7 @@ from gemma_lora.exchange.peft import save_adapter
 from gemma_lora.gemma.load import BUILTIN_NAME, BUILTIN_NOTE, load_gemma
 from gemma_lora.generation.engine import generate
 from gemma_lora.generation.evaluation import Scores, english_text, few_shot_template, perplexity, score
-from gemma_lora.lora.layer import apply_lora
+from gemma_lora.lora.apply import apply_lora
 from gemma_lora.training.checkpoint import FILE as CHECKPOINT
 from gemma_lora.training.checkpoint import changed_settings
 from gemma_lora.training.tuner import FineTuner

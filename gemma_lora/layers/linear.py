@@ -97,9 +97,25 @@ def as_matrix(layer: keras.layers.Layer, kernel):
 
 
 def is_one_product(layer: keras.layers.Layer) -> bool:
-    """Whether a layer is a product with its kernel and no more: no bias, none of Keras's own LoRA or quantization."""
+    """Whether a layer is a product with its kernel and no more: no bias, activation, Keras's LoRA or quantization."""
+    return is_plain(layer) and layer.bias is None and layer.activation in (None, keras.activations.linear)
+
+
+def is_plain(layer: keras.layers.Layer) -> bool:
+    """Whether a layer is a product with a kernel in floats, bias and activation aside: no LoRA of Keras's, no codes."""
+    if not isinstance(layer, keras.layers.Dense | keras.layers.EinsumDense) or hasattr(layer, "encoding"):
+        return False
     changed = getattr(layer, "lora_enabled", False) or getattr(layer, "quantization_mode", None)
-    return layer.bias is None and not changed
+    return is_matrix_product(layer) and not changed
+
+
+def input_axes(layer: keras.layers.Layer) -> tuple[list[int], int]:
+    """Sizes of the axes that `d_in` is made of, in the input's order, and how many axes stand before them."""
+    if isinstance(layer, keras.layers.Dense):
+        return [matrix_shape(layer)[0]], 1
+    batch, contracted, _, letters = einsum_axes(layer.equation)
+    sizes = dict(zip(letters, kernel_shape(layer), strict=True))
+    return [sizes[a] for a in contracted], len(batch)
 
 
 def output_axes(layer: keras.layers.Layer) -> list[int]:

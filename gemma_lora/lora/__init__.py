@@ -13,13 +13,10 @@ _MODULES: dict[str, list[str]] = {
         "adapter_layers",
         "remove_adapters",
     ],
-    "layer": [
+    "apply": [
         "TARGETS",
         "ALL_LINEAR",
-        "LoRADense",
-        "LoRAEinsumDense",
         "target_names",
-        "forget_replaced",
         "linear_layers",
         "plain_layers",
         "apply_lora",
@@ -28,6 +25,8 @@ _MODULES: dict[str, list[str]] = {
         "unmerge_lora",
         "detach_lora",
     ],
+    "layer": ["LoRALayer", "LoRADense", "LoRAEinsumDense"],
+    "products": ["WithLoRA", "WithDoRA"],
     "low_rank": [
         "Step",
         "EchelonForm",
@@ -48,7 +47,6 @@ _MODULES: dict[str, list[str]] = {
         "PackedEinsumDense",
         "PackedEmbedding",
         "pack_embedding",
-        "head_table",
         "encoding_for",
         "quantize_base",
         "pack_layer",

@@ -20,7 +20,9 @@ import numpy as np
 
 from gemma_lora.base.files import GemmaLoraError, atomic_path
 from gemma_lora.base.keras_on_jax import keras, ops
-from gemma_lora.lora import layer as lora
+from gemma_lora.layers.surgery import forget_programs, replace
+from gemma_lora.lora.apply import TARGETS
+from gemma_lora.lora.layer import LoRALayer
 
 #: The last projections of a Gemma block's two sub-layers, in `lora.TARGETS`' names.
 SUBLAYER_ENDS = ("attention_output", "down")
@@ -329,7 +331,7 @@ def _layer_names(after: str | Sequence[str]) -> list[str]:
     names = [after] if isinstance(after, str) else list(after)
     if not names:
         raise ValueError(f"`after` must name at least one layer. Received: after={after!r}")
-    return [lora.TARGETS.get(name, name) for name in names]
+    return [TARGETS.get(name, name) for name in names]
 
 
 def _held(model: keras.layers.Layer) -> list[tuple[keras.layers.Layer, str, keras.layers.Layer]]:
@@ -337,7 +339,7 @@ def _held(model: keras.layers.Layer) -> list[tuple[keras.layers.Layer, str, kera
     return [
         (parent, attribute, layer)
         for parent in model._flatten_layers()
-        if not isinstance(parent, AdaptedLayer | lora._LoRALayer)
+        if not isinstance(parent, AdaptedLayer | LoRALayer)
         for attribute, layer in list(vars(parent).items())
         if isinstance(layer, keras.layers.Layer)
     ]
@@ -364,13 +366,13 @@ def _places(model: keras.Model, names: Sequence[str]) -> dict[str, keras.layers.
 
 def _place_name(model: keras.Model, layer: keras.layers.Layer) -> str:
     """A layer's path in the model, without the model's own name, which Keras numbers."""
-    layer = layer.base if isinstance(layer, lora._LoRALayer) else layer  # the path it was built at
+    layer = layer.base if isinstance(layer, LoRALayer) else layer  # the path it was built at
     return layer.path.removeprefix(f"{model.name}/") if layer.path else layer.name
 
 
 def _width(name: str, layer: keras.layers.Layer) -> int:
     """Features that a layer gives: the last axis of its kernel (or of a norm's scale)."""
-    base = layer.base if isinstance(layer, lora._LoRALayer) else layer
+    base = layer.base if isinstance(layer, LoRALayer) else layer
     if not base.variables:
         raise ValueError(f"Layer {name!r} has no weights (or is not built), so its width is not known.")
     return int(base.variables[0].shape[-1])
@@ -380,7 +382,8 @@ def _swap(model: keras.Model, exchange: Any) -> keras.Model:
     """Puts `exchange(layer)` in each layer's place and returns the model, a new one if its graph had to change."""
     for parent, attribute, layer in _held(model):
         if (new := exchange(layer)) is not layer:
-            lora._replace(parent, attribute, new)
+            replace(parent, attribute, new)
+    forget_programs(model)
     if any(exchange(layer) is not layer for layer in _in_graph(model)):
         return keras.models.clone_model(model, clone_function=exchange)
     return model

@@ -7,42 +7,31 @@ is (d_in, rank), `lora_b` is (rank, d_out), and
     y = x @ kernel + scaling * (x @ lora_a) @ lora_b
 
 The product `lora_a @ lora_b` is formed only to merge. With DoRA the outputs are scaled too; `dora.py` has that
-mathematics. These layers work on any Keras model; KerasHub's Gemma is one of them.
+mathematics, `products.py` how the products are formed. These layers work on any Keras model; KerasHub's Gemma is one
+of them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+
+import jax
 
 from gemma_lora.base.files import GemmaLoraError
 from gemma_lora.base.keras_on_jax import keras, ops
 from gemma_lora.layers import linear
-from gemma_lora.layers.mixed_precision import frozen_product, low_rank_product, product
+from gemma_lora.layers.products import EXACT, Matrix, Precision, kernel_product, product_of
 from gemma_lora.lora import dora as dora_numbers
-
-#: Our names for a Gemma block's linear layers -> KerasHub's layer names.
-TARGETS = {
-    "query": "query",
-    "key": "key",
-    "value": "value",
-    "attention_output": "attention_output",
-    "gate": "ffw_gating",
-    "up": "ffw_gating_2",
-    "down": "ffw_linear",
-}
-#: What `targets="all-linear"` means.
-ALL_LINEAR = tuple(TARGETS)
+from gemma_lora.lora.products import WithDoRA, WithLoRA
 
 
-class _LoRALayer(keras.layers.Layer):
+class LoRALayer(keras.layers.Layer):
     """What `LoRADense` and `LoRAEinsumDense` share: A, B, the scaling, DoRA's magnitude, merge and unmerge.
 
     Invariants: `base` is frozen; `lora_a` is (d_in, rank) and `lora_b` is (rank, d_out), both
     float32; while `merged` is True the base kernel holds kernel + delta (with DoRA, scaled) and the layer adds
-    nothing. With DoRA `magnitude` (d_out,) is trained too, and `kernel_squares` (d_out,) says how long the base
-    kernel's columns are while it is not merged.
+    nothing. Scaling and merged are variables. With DoRA `magnitude` (d_out,) is trained too, and `kernel_squares`
+    (d_out,) says how long the base kernel's columns are while it is not merged.
     """
 
     def __init__(
@@ -67,24 +56,17 @@ class _LoRALayer(keras.layers.Layer):
         super().__init__(**kwargs)
         self.base = base
         self.rank = rank
-        self.alpha = float(rank if alpha is None else alpha)
+        self.alpha = float(2 * rank if alpha is None else alpha)
         self.rslora = bool(rslora)
         self.dora = bool(dora)
         self.dropout_rate = float(dropout)
         self.seed = seed
-        self.merged = False
-        # Functions that give a (d_in, d_out) matrix to use in the kernel's place, or None:
-        # the frozen kernel in bfloat16, while training in mixed precision (`FineTuner`)
-        self.rounded_kernel: Callable[[], Any] | None = None
-        # the kernel with the update added, while generating (`generation.generate`)
-        self.whole_kernel: Callable[[], Any] | None = None
-        # In the place of `column_scale`, the same computed once, while generating.
-        self.fixed_scale: Callable[[], Any] | None = None
         self._undo: dora_numbers.Undo | None = None  # while merged with DoRA
         self.dropout = keras.layers.Dropout(dropout, seed=seed) if dropout else None
         for variable in base.variables:
             variable.trainable = False
         self._add_factors()
+        self._add_state()
         if dora:
             self._add_magnitude()
         self.built = True
@@ -98,6 +80,11 @@ class _LoRALayer(keras.layers.Layer):
     def scaling(self) -> float:
         """alpha / rank, or alpha / sqrt(rank) with rsLoRA (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732)."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    @property
+    def merged(self) -> bool:
+        """Whether the base kernel holds the update. Not to be asked inside a traced function: there it is data."""
+        return bool(self.is_merged.value)
 
     def _add_factors(self) -> None:
         d_in, d_out = self.matrix_shape()
@@ -120,6 +107,13 @@ class _LoRALayer(keras.layers.Layer):
         self.kernel_squares = self.add_weight(name="kernel_squares", trainable=False, **named)
         self.kernel_squares.assign(squares)
 
+    def _add_state(self) -> None:
+        """Scaling and whether the update is merged: variables, so that a compiled program sees them change."""
+        named = {"shape": (), "trainable": False, "autocast": False, "initializer": "zeros"}
+        self.scaling_factor = self.add_weight(name="scaling_factor", dtype="float32", **named)
+        self.scaling_factor.assign(self.scaling)
+        self.is_merged = self.add_weight(name="is_merged", dtype="bool", **named)
+
     def matrix_shape(self) -> tuple[int, int]:
         """`(d_in, d_out)` of the kernel seen as a matrix."""
         return linear.matrix_shape(self.base)
@@ -132,63 +126,49 @@ class _LoRALayer(keras.layers.Layer):
         """The update scaling * A @ B, `(d_in, d_out)`, float32."""
         return self.scaling * ops.matmul(self.lora_a, self.lora_b)
 
+    def product(self, precision: Precision = EXACT, training: bool = False) -> Matrix:
+        """What this layer multiplies by: see `layers.products.product_of`."""
+        base = self._base_product(precision, training)
+        merged = self.is_merged.value
+        traced = isinstance(merged, jax.core.Tracer)
+        if not traced and bool(merged):
+            return base
+        scaling = ops.where(merged, 0.0, self.scaling_factor.value) if traced else self.scaling_factor.value
+        dropout = self._drop if training and self.dropout is not None else None
+        lora = WithLoRA(base, self.lora_a.value, self.lora_b.value, scaling, precision.mixed, dropout)
+        if not self.dora:
+            return lora
+        return WithDoRA(lora, self._base_product(), self.magnitude.value, self.kernel_squares.value, merged)
+
+    def _base_product(self, precision: Precision = EXACT, training: bool = False) -> Matrix:
+        if linear.is_plain(self.base):
+            return kernel_product(self.base, precision)
+        return product_of(self.base, precision, training)
+
+    def _drop(self, x):
+        return self.dropout(x, training=True)
+
     def column_scale(self):
-        """DoRA's factor of each output, magnitude / ||kernel + delta||: `(d_out,)`, float32. Not while merged."""
-        if self.fixed_scale is not None:
-            return self.fixed_scale()
-        factors = (self.lora_a.value, self.lora_b.value)
-        kernel = linear.kernel_matrix(self.base)
-        norms = dora_numbers.column_norms(kernel, self.kernel_squares.value, *factors, self.scaling)
-        return dora_numbers.column_scale(self.magnitude.value, norms)
+        """DoRA's factor of each output, magnitude / ||kernel + delta||: `(d_out,)`, float32; ones while merged."""
+        product = self.product()
+        return product.column_scale() if isinstance(product, WithDoRA) else ops.ones(self.matrix_shape()[1:])
 
     def whole_matrix(self):
         """Kernel and update in one matrix, `(d_in, d_out)`, in the kernel's dtype."""
-        kernel = linear.kernel_matrix(self.base)
-        if self.merged:
-            return kernel
-        whole = ops.cast(kernel, "float32") + self.delta()
-        return ops.cast(self.column_scale() * whole if self.dora else whole, kernel.dtype)
+        return self.product().dense()
 
     def call(self, inputs, training=None):
         inputs = ops.convert_to_tensor(inputs)  # a NumPy array of float64 becomes what JAX computes in
-        if self.whole_kernel is not None and self.base.bias is None:
-            return linear.in_rows(self.base, inputs, lambda x: product(x, self.whole_kernel()))
-        y = self._frozen_output(inputs, training)
-        if self.merged:
-            return y
-        dropped = inputs if self.dropout is None else self.dropout(inputs, training=training)
-        lora_a = ops.cast(self.lora_a, dropped.dtype)
-        lora_b = ops.cast(self.lora_b * self.scaling, dropped.dtype)
-        form = low_rank_product if self._rounds(dropped, training) else lambda x, a, b: ops.matmul(ops.matmul(x, a), b)
-        update = linear.in_rows(self.base, dropped, lambda x: form(x, lora_a, lora_b))
-        if not self.dora:
-            return y + update
-        return self._scaled_output(y, update, dropped if training and self.dropout is not None else None, training)
+        y = linear.in_rows(self.base, inputs, lambda rows: self._multiply(rows, bool(training)))
+        return y if self.base.bias is None else y + ops.cast(self.base.bias, y.dtype)
 
-    def _scaled_output(self, y, update, dropped, training):
-        """DoRA's output from the base's `y` and LoRA's update.
-
-        scale * (x @ kernel + update) + bias. Where dropout gave the update other inputs, DoRA's change to the kernel's
-        product takes them too, as PEFT has it: y + (scale - 1) * (dropped @ kernel) + scale * update.
-        """
-        bias = None if self.base.bias is None else ops.cast(self.base.bias, y.dtype)
-        straight = y if dropped is None else self._frozen_output(dropped, training)
-        if bias is not None:
-            straight = straight - bias
-        rest = bias if dropped is None else y - straight
-        scale = ops.reshape(self.column_scale(), linear.output_axes(self.base))
-        return dora_numbers.output(straight, update, scale, rest)
-
-    def _frozen_output(self, inputs, training):
-        """The base layer's output; in mixed precision while training, if that is asked for."""
-        if self.is_packed or not self._rounds(inputs, training) or self.base.bias is not None:
-            return self.base(inputs)
-        return linear.in_rows(self.base, inputs, lambda x: frozen_product(x, self.rounded_kernel()))
-
-    def _rounds(self, inputs, training) -> bool:
-        """Whether this call's products are formed in mixed precision."""
-        asked_for = self.base.mixed_precision if self.is_packed else self.rounded_kernel is not None
-        return bool(training and asked_for and not self.merged and inputs.dtype == "float32")
+    def _multiply(self, rows, training: bool):
+        product, merged = self.product(training=training), self.is_merged.value
+        if not isinstance(merged, jax.core.Tracer):
+            return product.multiply(rows)
+        # In a compiled program both are there, and one is run: a merged layer costs what its base costs.
+        base = self._base_product()
+        return jax.lax.cond(merged, lambda x: base.multiply(x), lambda x: product.multiply(x), rows)
 
     def merge(self) -> None:
         """Adds the update to the base kernel; the layer then costs what the base costs."""
@@ -202,14 +182,15 @@ class _LoRALayer(keras.layers.Layer):
             if self.dora:
                 self._undo = dora_numbers.Undo.of(linear.kernel_matrix(self.base), self.column_scale())
             self._set_kernel(whole)
-            self.merged = True
+            self.is_merged.assign(True)
 
     def unmerge(self) -> None:
         """Takes the update out of the base kernel again (exact to rounding of the kernel's dtype)."""
         if self.merged:
             whole, delta = ops.cast(linear.kernel_matrix(self.base), "float32"), self.delta()
             self._set_kernel(whole - delta if self._undo is None else self._undo.kernel(whole, delta))
-            self.merged, self._undo = False, None
+            self.is_merged.assign(False)
+            self._undo = None
 
     def _set_kernel(self, matrix) -> None:
         kernel = self.base._kernel
@@ -238,7 +219,7 @@ class _LoRALayer(keras.layers.Layer):
 
 
 @keras.saving.register_keras_serializable(package="gemma_lora")
-class LoRADense(_LoRALayer):
+class LoRADense(LoRALayer):
     """A frozen `keras.layers.Dense` with a trainable low-rank update.
 
     `y = activation(x @ kernel + bias + scaling * (x @ lora_a) @ lora_b)`
@@ -246,7 +227,7 @@ class LoRADense(_LoRALayer):
     Args:
         base: A built `Dense` layer. It is frozen.
         rank: Integer, the update's rank.
-        alpha: Float; the update is scaled by alpha / rank. Defaults to `rank`, a scaling of 1.
+        alpha: Float; the update is scaled by alpha / rank. Defaults to `2 * rank`, a scaling of 2.
         dropout: Float in [0, 1), on the update's input while training.
         rslora: If True the scaling is alpha / sqrt(rank).
         dora: If True, DoRA: each output is scaled by magnitude / norm, with a trainable `magnitude` (d_out,) and the
@@ -283,7 +264,7 @@ class LoRADense(_LoRALayer):
 
 
 @keras.saving.register_keras_serializable(package="gemma_lora")
-class LoRAEinsumDense(_LoRALayer):
+class LoRAEinsumDense(LoRALayer):
     """A frozen `keras.layers.EinsumDense` with a trainable low-rank update.
 
     Heads are flattened into `d_out` (or `d_in` for the attention output), so A and B have the
@@ -309,152 +290,3 @@ class LoRAEinsumDense(_LoRALayer):
             raise ValueError(f"Layer {base.name!r} has an activation; LoRA is added before it and cannot be.")
         linear.einsum_axes(base.equation)  # raises if it is no matrix product
         super().__init__(base, rank, **kwargs)
-
-
-def target_names(targets: str | Sequence[str]) -> tuple[str, ...]:
-    """Checks `targets` and returns them as a tuple in the block's order.
-
-    Args:
-        targets: `"all-linear"`, or any of query, key, value, attention_output, gate, up, down.
-
-    Raises:
-        ValueError: If a name is unknown or none is given.
-    """
-    if targets == "all-linear":
-        return ALL_LINEAR
-    names = (targets,) if isinstance(targets, str) else tuple(targets)
-    unknown = [name for name in names if name not in TARGETS]
-    if unknown or not names:
-        raise ValueError(
-            f"`targets` must name layers among {', '.join(TARGETS)}, or be 'all-linear'. Received: targets={targets!r}"
-        )
-    return tuple(name for name in TARGETS if name in names)
-
-
-def _replace(parent: keras.layers.Layer, attribute: str, layer: keras.layers.Layer) -> None:
-    """Sets a sub-layer of a built layer, in its attribute and in Keras's tracking of sub-layers."""
-    old = getattr(parent, attribute)
-    # Keras locks a built layer's tracker; its own enable_lora unlocks it in the same way.
-    parent._tracker.unlock()
-    try:
-        setattr(parent, attribute, layer)
-    finally:
-        parent._tracker.lock()
-    others = [tracked for tracked in parent._layers if tracked is not layer]
-    parent._layers[:] = [layer if tracked is old else tracked for tracked in others]
-
-
-def forget_replaced(model: keras.layers.Layer) -> None:
-    """Frees the weights of layers that others have taken the place of.
-
-    A compiled model (KerasHub's are) remembers which of its layers were trainable then, and so keeps them in memory.
-    """
-    state = vars(model).get("_compiled_trainable_state") or {}
-    held = {id(layer) for layer in model._flatten_layers()}
-    for layer in [layer for layer in state if id(layer) not in held]:
-        del state[layer]
-
-
-def linear_layers(model: keras.layers.Layer) -> Iterator[tuple[keras.layers.Layer, str, keras.layers.Layer]]:
-    """Yields `(parent, attribute, layer)` for each linear layer held as another layer's attribute."""
-    for parent in model._flatten_layers():
-        if isinstance(parent, _LoRALayer):
-            continue
-        for attribute, value in list(vars(parent).items()):
-            if isinstance(value, keras.layers.Dense | keras.layers.EinsumDense | _LoRALayer):
-                yield parent, attribute, value
-
-
-def plain_layers(model: keras.layers.Layer) -> Iterator[tuple[keras.layers.Layer, str, keras.layers.Layer]]:
-    """Those of `linear_layers` that are matrix products of a kernel in floats, without LoRA."""
-    for parent, attribute, layer in linear_layers(model):
-        if not isinstance(layer, _LoRALayer) and not hasattr(layer, "encoding") and linear.is_matrix_product(layer):
-            yield parent, attribute, layer
-
-
-def apply_lora(
-    model: keras.Model,
-    rank: int = 8,
-    alpha: float | None = None,
-    targets: str | Sequence[str] = ("query", "value"),
-    dropout: float = 0.0,
-    rslora: bool = False,
-    dora: bool = False,
-    seed: int = 0,
-) -> keras.Model:
-    """Gives a model's targeted linear layers LoRA, in place, and freezes everything else.
-
-    Args:
-        model: A KerasHub Gemma `CausalLM` or backbone, or any built Keras model that holds layers of
-            these names as attributes of other layers.
-        rank: Integer, the update's rank.
-        alpha: Float; scaling is alpha / rank. Defaults to `2 * rank`.
-        targets: Any of query, key, value, attention_output, gate, up, down, or `"all-linear"`.
-        dropout: Float in [0, 1).
-        rslora: If True scaling is alpha / sqrt(rank).
-        dora: If True, DoRA (Liu et al. 2024, https://arxiv.org/abs/2402.09353): each output's column of the kernel is
-            split into its length, which is trained as it is, and its direction, which LoRA changes. With dropout a
-            training step then forms each frozen product twice.
-        seed: Integer; layer i starts from seed + i.
-
-    Returns:
-        The same model.
-
-    Raises:
-        ValueError: If the model has LoRA already, or no layer matches a target.
-    """
-    if lora_layers(model):
-        raise ValueError("The model has LoRA already. Call `detach_lora(model)` first.")
-    wanted = {TARGETS[name]: name for name in target_names(targets)}
-    found = [hit for hit in linear_layers(model) if hit[2].name in wanted]
-    missing = set(wanted) - {layer.name for _, _, layer in found}
-    if missing:
-        raise ValueError(f"No layer of the model is named {', '.join(sorted(missing))}; nothing was changed.")
-    for variable in model.variables:
-        variable.trainable = False
-    for index, (parent, attribute, layer) in enumerate(found):
-        cls = LoRADense if isinstance(layer, keras.layers.Dense) else LoRAEinsumDense
-        new = cls(
-            layer,
-            rank,
-            alpha=2.0 * rank if alpha is None else alpha,
-            dropout=dropout,
-            rslora=rslora,
-            dora=dora,
-            seed=seed + index,
-        )
-        _replace(parent, attribute, new)
-    return model
-
-
-def lora_layers(model: keras.layers.Layer) -> list[_LoRALayer]:
-    """The model's LoRA layers, in the model's order."""
-    return [layer for layer in model._flatten_layers() if isinstance(layer, _LoRALayer)]
-
-
-def _required_layers(model: keras.layers.Layer) -> list[_LoRALayer]:
-    layers = lora_layers(model)
-    if not layers:
-        raise GemmaLoraError("The model has no LoRA layers. Call `apply_lora` or `load_adapter` first.")
-    return layers
-
-
-def merge_lora(model: keras.Model) -> None:
-    """Adds every update to its kernel; the model then runs at the base model's speed."""
-    for layer in _required_layers(model):
-        layer.merge()
-
-
-def unmerge_lora(model: keras.Model) -> None:
-    """Undoes `merge_lora`, exact to rounding."""
-    for layer in _required_layers(model):
-        layer.unmerge()
-
-
-def detach_lora(model: keras.Model) -> None:
-    """Takes the LoRA layers out and gives the base layers back; a merged update stays in the kernels."""
-    for parent, attribute, layer in list(linear_layers(model)):
-        if isinstance(layer, _LoRALayer):
-            if isinstance(layer, LoRADense):
-                layer.base.activation = layer.activation
-            _replace(parent, attribute, layer.base)

@@ -22,7 +22,8 @@ import numpy as np
 
 from gemma_lora.base.keras_on_jax import keras
 from gemma_lora.layers.linear import einsum_axes
-from gemma_lora.lora.layer import TARGETS
+from gemma_lora.layers.surgery import swap
+from gemma_lora.lora.apply import TARGETS
 from gemma_lora.quantization import nf4
 from gemma_lora.quantization.integers import dequantize, quantize
 
@@ -256,23 +257,24 @@ def mapped_inputs(
     """
     if kinds is not None and "embedding" in kinds:
         raise ValueError(f"`kinds` must not name embedding: its inputs are tokens. Received: kinds={kinds!r}")
-    found = kernels(model, kinds)
-    for kernel in found:
-        kernel.layer.call = _with_mapped_input(kernel, function)
+    mapped = {id(kernel.layer): _MappedInput(kernel, function) for kernel in kernels(model, kinds)}
+    swap(model, lambda layer: mapped.get(id(layer), layer))
     try:
         yield
     finally:
-        for kernel in found:
-            del kernel.layer.call  # the class's own again
+        swap(model, lambda layer: layer.base if isinstance(layer, _MappedInput) else layer)
 
 
-def _with_mapped_input(kernel: Kernel, function: Callable[[Kernel, Any], Any]) -> Callable:
-    original = type(kernel.layer).call
+class _MappedInput(keras.layers.Layer):
+    """A linear layer whose input goes through a function first."""
 
-    def call(inputs, *rest, **named):
-        return original(kernel.layer, function(kernel, inputs), *rest, **named)
+    def __init__(self, kernel: Kernel, function: Callable[[Kernel, Any], Any]):
+        super().__init__(name=kernel.layer.name, dtype=kernel.layer.dtype_policy)
+        self.base, self.kernel, self.function = kernel.layer, kernel, function
+        self.built = True
 
-    return call
+    def call(self, inputs, training=None):
+        return self.base(self.function(self.kernel, inputs), training=training)
 
 
 def _kernel_of(layer: keras.layers.Layer) -> Kernel | None:

@@ -18,11 +18,12 @@ import numpy as np
 from gemma_lora.base.files import GemmaLoraError
 from gemma_lora.base.keras_on_jax import keras, ops
 from gemma_lora.layers import linear
-from gemma_lora.lora import layer as lora
+from gemma_lora.layers.products import EXACT, Packed, Precision
+from gemma_lora.layers.surgery import forget_replaced, in_graphs, replace, replace_in_graph
+from gemma_lora.lora.apply import lora_layers, plain_layers
 from gemma_lora.quantization import packed
-
-SCHEMES = ("nf4", "int8", "int4")
-
+from gemma_lora.quantization.packed import SCHEMES as SCHEMES
+from gemma_lora.quantization.packed import encoding_for as encoding_for
 
 # --- layers -----------------------------------------------------------------------------------------------------
 
@@ -33,9 +34,6 @@ class _PackedLayer:
     Invariants: `parts` are frozen variables from which `encoding` decodes the kernel as a `(d_out, d_in)` matrix;
     there is no other kernel. `kernel_shape` is the kernel's shape in the layer that was replaced.
     """
-
-    #: Products with factors rounded to bfloat16 while training; `FineTuner` sets it.
-    mixed_precision = False
 
     def pack(self, layer: keras.layers.Layer, encoding: packed.Encoding, parts: dict[str, np.ndarray]) -> None:
         """Takes over a built layer: its name, bias and activation, and packed arrays for its kernel."""
@@ -59,11 +57,14 @@ class _PackedLayer:
 
     def matrix(self):
         """The kernel, decoded: `(d_in, d_out)` float32."""
-        return ops.transpose(self.encoding.decode(self.values()))
+        return self.product().dense()
+
+    def product(self, precision: Precision = EXACT, training: bool = False) -> Packed:
+        """What this layer multiplies by: see `layers.products.product_of`."""
+        return Packed(self.values(), self.encoding, precision.mixed)
 
     def call(self, inputs, training=None):
-        mixed = bool(training and self.mixed_precision)
-        y = linear.in_rows(self, inputs, lambda x: packed.packed_product(x, self.values(), self.encoding, mixed))
+        y = linear.in_rows(self, inputs, self.product().multiply)
         if self.bias is not None:
             y = y + ops.cast(self.bias, y.dtype)
         return y if self.activation is None else self.activation(y)
@@ -99,12 +100,22 @@ class PackedEinsumDense(_PackedLayer, keras.layers.EinsumDense):
         return linear.kernel_of(self.equation, self.matrix(), self.kernel_shape)
 
 
-class PackedEmbedding(keras.layers.ReversibleEmbedding):
-    """A frozen tied embedding in 8-bit rows.
+class PackedEmbedding(keras.layers.Layer):
+    """A frozen tied embedding in 8-bit rows, in the place of KerasHub's `ReversibleEmbedding`.
 
-    A KerasHub backbone is a graph of layer objects, so an embedding changes in place: `pack_embedding` gives the object
-    this class.
+    Args:
+        plain: The embedding whose place it takes; only its configuration is kept.
+        rows: The table.
     """
+
+    def __init__(self, plain: keras.layers.Layer, rows: packed.Int8Rows, **kwargs):
+        super().__init__(name=plain.name, dtype=plain.dtype_policy, **kwargs)
+        self.plain_config = plain.get_config()
+        self.input_dim, self.output_dim = plain.input_dim, plain.output_dim
+        self.logit_soft_cap, self.tie_weights = plain.logit_soft_cap, True
+        self.row_codes = _frozen_weight(self, "row_codes", np.asarray(rows.codes))
+        self.row_scales = _frozen_weight(self, "row_scales", np.asarray(rows.scales))
+        self.built = True
 
     @property
     def embeddings(self):
@@ -124,53 +135,34 @@ class PackedEmbedding(keras.layers.ReversibleEmbedding):
             return logits if cap is None else cap * ops.tanh(logits / cap)
         return self.rows().take(ops.cast(inputs, "int32")).decode(self.compute_dtype)
 
-
-def pack_embedding(embedding: keras.layers.Layer, rows: packed.Int8Rows) -> None:
-    """Gives a built tied embedding packed rows in place of its table."""
-    if not getattr(embedding, "tie_weights", False):
-        raise GemmaLoraError(f"Layer {embedding.name!r} has a separate output table; only tied embeddings are packed.")
-    embedding.plain_class = type(embedding)
-    embedding._tracker.unlock()
-    try:
-        del embedding._embeddings  # Keras stops tracking it too
-        embedding.__class__ = PackedEmbedding
-        for name, array in {"row_codes": rows.codes, "row_scales": rows.scales}.items():
-            setattr(embedding, name, _frozen_weight(embedding, name, np.asarray(array)))
-    finally:
-        embedding._tracker.lock()
+    def compute_output_spec(self, inputs, reverse=False):
+        last = (self.input_dim,) if reverse else (self.output_dim,)
+        shape = inputs.shape[:-1] if reverse else inputs.shape
+        return keras.KerasTensor((*shape, *last), dtype=self.compute_dtype)
 
 
-def head_table(embedding: keras.layers.Layer) -> Any:
-    """The tied table as the loss takes it: an array (V, D), or `Int8Rows` where it is packed."""
-    if isinstance(embedding, PackedEmbedding):
-        return embedding.rows()
-    return ops.convert_to_tensor(embedding.embeddings)
-
-
-# --- models -----------------------------------------------------------------------------------------------------
-
-
-def encoding_for(
-    scheme: str, shape: tuple[int, int], double_quant: bool = False, block_size: int = 64
-) -> packed.NF4 | packed.Int8 | packed.Int4:
-    """The encoding that a scheme's name stands for.
+def pack_embedding(model: keras.Model, rows: packed.Int8Rows) -> None:
+    """Puts an embedding in packed rows in the place of a Gemma's tied embedding.
 
     Args:
-        scheme: `"nf4"`, `"int8"` or `"int4"`.
-        shape: `(d_out, d_in)`.
-        double_quant: Boolean; NF4's scales in 8 bits too.
-        block_size: Integer, numbers that share a scale in NF4 and int4.
-
-    Raises:
-        ValueError: If the scheme is unknown, or has no double quantization.
+        model: A KerasHub Gemma `CausalLM`, or a backbone that is in none.
+        rows: The table.
     """
-    if scheme not in SCHEMES:
-        raise ValueError(f"`scheme` must be one of {', '.join(SCHEMES)}. Received: {scheme!r}")
-    if double_quant and scheme != "nf4":
-        raise ValueError(f"`double_quant` goes with 'nf4' only. Received: scheme={scheme!r}")
-    if scheme == "nf4":
-        return packed.NF4(shape, block_size, double_quant)
-    return packed.Int8(shape) if scheme == "int8" else packed.Int4(shape, block_size)
+    embedding = _tied_embedding(model)
+    if embedding is None or not getattr(embedding, "tie_weights", False):
+        name = getattr(embedding, "name", None)
+        raise GemmaLoraError(f"Layer {name!r} has a separate output table; only tied embeddings are packed.")
+    _exchange_embedding(model, PackedEmbedding(embedding, rows))
+
+
+def _exchange_embedding(model: keras.Model, new: keras.layers.Layer) -> None:
+    embedding = _tied_embedding(model)
+    if not in_graphs(embedding, (model, getattr(model, "backbone", model))):
+        raise GemmaLoraError("The backbone's embedding is also part of another model. Give that model: the `CausalLM`.")
+    replace_in_graph(model, embedding, new)
+
+
+# --- models ----------------------------------------------------------------------------------------------------
 
 
 def quantize_base(
@@ -204,17 +196,17 @@ def quantize_base(
     >>> apply_lora(model, rank=8, targets="all-linear")                   # doctest: +SKIP
     """
     encoding_for(scheme, (1, 1), double_quant)
-    if lora.lora_layers(model) or packed_layers(model):
+    if lora_layers(model) or packed_layers(model):
         raise GemmaLoraError("The model has LoRA or packed layers already. Quantize a plain model, then `apply_lora`.")
-    places = list(lora.plain_layers(model))
+    places = list(plain_layers(model))
     if not places:
         raise GemmaLoraError("The model holds no Dense or EinsumDense layer that could be packed.")
     for parent, attribute, layer in places:
         pack_layer(parent, attribute, layer, scheme, double_quant, block_size)
     table = _tied_embedding(model)
     if embedding and table is not None:
-        pack_embedding(table, packed.Int8Rows.of(np.asarray(table.embeddings)))
-    lora.forget_replaced(model)
+        pack_embedding(model, packed.Int8Rows.of(np.asarray(table.embeddings)))
+    forget_replaced(model)
     return model
 
 
@@ -245,7 +237,7 @@ def replace_by_packed(
     cls = PackedDense if isinstance(layer, keras.layers.Dense) else PackedEinsumDense
     new = cls.from_config(layer.get_config())
     new.pack(layer, encoding, parts)
-    lora._replace(parent, attribute, new)
+    replace(parent, attribute, new)
 
 
 def packed_layers(model: keras.layers.Layer) -> list[Any]:
@@ -297,14 +289,14 @@ def dequantize_base(model: keras.Model) -> keras.Model:
     for parent in list(model._flatten_layers()):
         for attribute, layer in list(vars(parent).items()):
             if isinstance(layer, _PackedLayer):
-                lora._replace(parent, attribute, _plain(layer))
+                replace(parent, attribute, _plain(layer))
                 found = True
     if not found:
         raise GemmaLoraError("The model has no packed layers.")
     table = _tied_embedding(model)
     if isinstance(table, PackedEmbedding):
-        _unpack_embedding(table)
-    lora.forget_replaced(model)
+        _unpack_embedding(model, table)
+    forget_replaced(model)
     return model
 
 
@@ -327,19 +319,13 @@ def _plain(layer: Any) -> keras.layers.Layer:
     return plain
 
 
-def _unpack_embedding(embedding: PackedEmbedding) -> None:
+def _unpack_embedding(model: keras.Model, embedding: PackedEmbedding) -> None:
     table = np.asarray(embedding.rows().decode())
-    embedding._tracker.unlock()
-    try:
-        del embedding.row_codes
-        del embedding.row_scales
-        embedding.__class__ = embedding.plain_class
-        embedding._embeddings = embedding.add_weight(
-            name="embeddings", shape=table.shape, initializer="zeros", trainable=False
-        )
-        embedding._embeddings.assign(table)
-    finally:
-        embedding._tracker.lock()
+    plain = keras.layers.ReversibleEmbedding.from_config(embedding.plain_config | {"embeddings_initializer": "zeros"})
+    plain.build()
+    plain.embeddings.assign(table)
+    plain.embeddings.trainable = False
+    _exchange_embedding(model, plain)
 
 
 def merging_error(model: keras.Model) -> dict[str, float]:
@@ -354,7 +340,7 @@ def merging_error(model: keras.Model) -> dict[str, float]:
     Raises:
         GemmaLoraError: If there is no such layer, or its blocks came from a GGUF file and cannot be made again.
     """
-    layers = {f"{i} {layer.name}": layer for i, layer in enumerate(lora.lora_layers(model)) if layer.is_packed}
+    layers = {f"{i} {layer.name}": layer for i, layer in enumerate(lora_layers(model)) if layer.is_packed}
     if not layers:
         raise GemmaLoraError("The model has no LoRA on packed layers.")
     errors = {}

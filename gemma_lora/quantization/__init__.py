@@ -23,6 +23,8 @@ _MODULES: dict[str, list[str]] = {
         "Int4",
         "GGUFBlocks",
         "GGUF_KINDS",
+        "SCHEMES",
+        "encoding_for",
         "packed_product",
         "Int8Rows",
         "Bfloat16Rows",

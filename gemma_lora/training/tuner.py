@@ -23,13 +23,16 @@ from gemma_lora.base.hardware import Program, memory_bytes, use_compilation_cach
 from gemma_lora.base.keras_on_jax import keras
 from gemma_lora.data import dataset as data_module
 from gemma_lora.data.packing import Batch, pack
+from gemma_lora.gemma.architectures import architecture_of
+from gemma_lora.gemma.attention import packed_rows
+from gemma_lora.gemma.forward import forward
+from gemma_lora.gemma.weights import collect, head_table
 from gemma_lora.layers.linear import is_one_product, kernel_matrix
 from gemma_lora.layers.loss import chunked_cross_entropy
-from gemma_lora.layers.mixed_precision import batched_product, round_layer
-from gemma_lora.layers.remat import recomputed
-from gemma_lora.lora.layer import lora_layers, plain_layers
-from gemma_lora.lora.qlora import PackedEmbedding, head_table, packed_layers
-from gemma_lora.quantization.packed import Bfloat16Rows, Int8Rows
+from gemma_lora.layers.products import EXACT, Precision
+from gemma_lora.lora.apply import lora_layers, plain_layers
+from gemma_lora.lora.qlora import packed_layers
+from gemma_lora.quantization.rows import Bfloat16Rows, Int8Rows
 from gemma_lora.training import checkpoint
 
 
@@ -240,49 +243,51 @@ class FineTuner(keras.Model):
         self.log: TrainingLog | None = None
 
     def _round_kernels(self, mixed_precision: bool) -> None:
-        """Keeps the frozen kernels and the embeddings in bfloat16 for mixed precision."""
-        self.rounded: list[keras.Variable] = []
-        self.rounded_embeddings: keras.Variable | None = None  # the bits of bfloat16: see `packed.Bfloat16Rows`
-        for layer in lora_layers(self.causal_lm):
-            layer.rounded_kernel = None
-        for _, _, layer in plain_layers(self.causal_lm):
-            round_layer(layer, None)
-        for layer in packed_layers(self.causal_lm):
-            layer.mixed_precision = mixed_precision  # it rounds what it decodes
-        for block in self.causal_lm.backbone.transformer_layers:
-            block.attention.rounded_product = batched_product if mixed_precision else None
+        """Makes room for frozen kernels and the embedding in bfloat16, for mixed precision; see `_refresh_copies`."""
+        self.copies: list[keras.Variable] = []
+        self._copied: list[tuple[Any, Any, keras.Variable, list[Any]]] = []  # layer, source, its copy, what was copied
+        self.rounded_embeddings: keras.Variable | None = None  # the bits of bfloat16: see `rows.Bfloat16Rows`
         if not mixed_precision:
             return
 
-        def kept(array):
-            self.rounded.append(keras.Variable(array, dtype=str(array.dtype), trainable=False))
-            return self.rounded[-1]
+        def room(layer, source, array):
+            copy = keras.Variable(array, dtype=str(array.dtype), trainable=False)
+            self.copies.append(copy)
+            self._copied.append((layer, source, copy, [source.value]))
+            return copy
 
-        def rounded(layer):
-            return kept(keras.ops.cast(kernel_matrix(layer), "bfloat16"))
-
-        for layer in lora_layers(self.causal_lm):
-            if not layer.is_packed:
-                kernel = rounded(layer.base)
-                layer.rounded_kernel = lambda kernel=kernel: kernel.value
-        for _, _, layer in plain_layers(self.causal_lm):
-            if is_one_product(layer) and not layer.trainable_variables:
-                round_layer(layer, rounded(layer))
+        for layer in _plain_bases(self.causal_lm):
+            if not layer._kernel.trainable and layer._kernel.dtype == "float32":
+                room(layer, layer._kernel, keras.ops.cast(kernel_matrix(layer), "bfloat16"))
         embedding = self.causal_lm.backbone.token_embedding
-        if not any(v.trainable for v in embedding.trainable_variables) and not isinstance(embedding, PackedEmbedding):
-            self.rounded_embeddings = kept(Bfloat16Rows.of(embedding.embeddings.value).bits)
+        if not any(v.trainable for v in embedding.trainable_variables) and hasattr(embedding, "_embeddings"):
+            bits = Bfloat16Rows.of(embedding.embeddings.value).bits
+            self.rounded_embeddings = room(None, embedding.embeddings, bits)
+
+    def _refresh_copies(self) -> None:
+        """Rounds anew what has been assigned to since it was rounded."""
+        for layer, source, copy, seen in self._copied:
+            if source.value is seen[0]:
+                continue
+            seen[0] = source.value
+            made = Bfloat16Rows.of(source.value).bits if layer is None else kernel_matrix(layer)
+            copy.assign(keras.ops.cast(made, copy.dtype))
+
+    def _precision(self, training: bool | None) -> Precision:
+        if not training or not self.settings["mixed_precision"]:
+            return EXACT
+        return Precision(True, {id(layer): copy for layer, _, copy, _ in self._copied if layer is not None})
 
     def call(self, inputs, training=None):
-        # Inputs that the backbone does not know (KerasHub's preprocessor of Gemma 3 may add some) are left out.
-        wanted = {name: inputs[name] for name in ("token_ids", "padding_mask")}
-        if not self.settings["remat"]:
-            return self.causal_lm.backbone(wanted, training=training)  # (B, T, D)
+        # Inputs that the forward pass does not know (KerasHub's preprocessor of Gemma 3 may add some) are left out.
         backbone = self.causal_lm.backbone
-        x = backbone.token_embedding(wanted["token_ids"])
-        x = x * keras.ops.cast(keras.ops.sqrt(backbone.hidden_dim), x.dtype)
-        for block in backbone.transformer_layers:
-            x = recomputed(block, x, wanted["padding_mask"], self.rounded, training=training)
-        return backbone.layer_norm(x)
+        architecture, precision = architecture_of(backbone), self._precision(training)
+        token_ids, segments = (keras.ops.convert_to_tensor(inputs[name]) for name in ("token_ids", "padding_mask"))
+        weights = collect(backbone, precision, bool(training))
+        attend = packed_rows(architecture, segments, precision.mixed)
+        positions = np.arange(token_ids.shape[1])[None]
+        remat = self.settings["remat"] and bool(training)
+        return forward(architecture, weights, token_ids, positions, attend, remat)  # (B, T, D)
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         embedding = self.causal_lm.backbone.token_embedding
@@ -413,6 +418,7 @@ class FineTuner(keras.Model):
         Keras gives all of them to each step (donates them) and takes them back. Those mapped from a file cannot be
         given away, so XLA would copy them: a second model in memory.
         """
+        self._refresh_copies()
         if self._keras_compiles():
             return super().make_train_function(force)
         if self.train_function is not None and not force:
@@ -517,6 +523,12 @@ class FineTuner(keras.Model):
             if not self.run_dir:
                 raise
             raise GemmaLoraError(f"{str(error).rstrip('.')}. {checkpoints.state()}") from error
+
+
+def _plain_bases(model: keras.Model) -> list[keras.layers.Layer]:
+    """The layers that hold a kernel in floats, those beside LoRA too."""
+    beside = [layer.base for layer in lora_layers(model) if not layer.is_packed]
+    return beside + [layer for _, _, layer in plain_layers(model) if is_one_product(layer)]
 
 
 def _changed(before: list, after: list) -> list:

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import gemma_lora as gl
+from gemma_lora import lora
 from gemma_lora.data.templates import Template
 from gemma_lora.lora import houlsby as adapters
-from gemma_lora.lora import layer as lora
 from gemma_lora.lora import qlora
 
 PLAIN = Template(prompt="{prompt}=", response="{response}")

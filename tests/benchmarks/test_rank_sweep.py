@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import gemma_lora as gl
+from gemma_lora import lora
 from gemma_lora.data.templates import Template
-from gemma_lora.lora import layer as lora
 
 PLAIN = Template(prompt="{prompt}=", response="{response}")  # an answer without the token that ends it
 

@@ -4,6 +4,7 @@
 """
 
 import io
+import types
 
 import keras
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from gemma_lora.course import traps
+from gemma_lora.gemma.forward import hidden_states
 
 
 @pytest.mark.parametrize("name", list(traps.TRAPS))
@@ -60,16 +62,17 @@ def test_a_mended_initializer_draws_anew(monkeypatch):
 
 
 def test_a_mended_backbone_keeps_examples_apart(monkeypatch):
-    from gemma_lora.gemma.blocks import enable_segments
-
     small = traps.tiny_gemma
 
-    def with_segments(*args, **named):
-        model = small(*args, **named)
-        enable_segments(model.backbone)
-        return model
+    def mended():
+        model = small()
 
-    monkeypatch.setattr(traps, "tiny_gemma", with_segments)
+        def backbone(x):
+            return hidden_states(model, x["token_ids"], x["padding_mask"])
+
+        return types.SimpleNamespace(backbone=backbone)
+
+    monkeypatch.setattr(traps, "tiny_gemma", mended)
     assert not traps.packed_rows_leak()
 
 

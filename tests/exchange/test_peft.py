@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from gemma_lora import lora
 from gemma_lora.base.files import GemmaLoraError
 from gemma_lora.data.templates import Template
 from gemma_lora.exchange.peft import load_adapter, save_adapter
-from gemma_lora.lora import layer as lora
 from tests.conftest import tiny_gemma
 
 INPUTS = {"token_ids": np.arange(12)[None] + 5, "padding_mask": np.ones((1, 12), "int32")}

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from gemma_lora import lora
 from gemma_lora.gemma import memory
-from gemma_lora.lora import layer as lora
 from tests.conftest import tiny_gemma
 
 MEASURED = Path(__file__).parents[2] / "benchmarks/results/peak_memory.json"

@@ -7,10 +7,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from gemma_lora.generation.engine import generate_tokens
+from gemma_lora import lora
+from gemma_lora.gemma.weights import collect
 from gemma_lora.layers import linear
-from gemma_lora.layers.mixed_precision import batched_product, frozen_product, low_rank_product, round_layer
-from gemma_lora.lora import layer as lora
+from gemma_lora.layers.mixed_precision import batched_product, frozen_product, low_rank_product
+from gemma_lora.layers.products import Precision, Rounded, product_of
 from gemma_lora.lora.qlora import quantize_base
 from gemma_lora.training.tuner import FineTuner
 from tests.conftest import tiny_gemma
@@ -108,7 +109,7 @@ def test_attention_rounds_while_training_only(gemma, monkeypatch):
         formed.append(a.shape)
         return batched_product(a, b)
 
-    monkeypatch.setattr("gemma_lora.training.batched_product", product)
+    monkeypatch.setattr("gemma_lora.gemma.attention.batched_product", product)
     lora.apply_lora(gemma, rank=2)
     x = {"token_ids": np.full((2, 12), 7), "padding_mask": np.ones((2, 12), "int32")}
     tuner = FineTuner(gemma, mixed_precision=True)
@@ -128,7 +129,7 @@ def test_updates_are_rounded_while_training_only(gemma, monkeypatch, packed):
         formed.append(x.shape)
         return low_rank_product(x, a, b)
 
-    monkeypatch.setattr("gemma_lora.lora.low_rank_product", product)
+    monkeypatch.setattr("gemma_lora.lora.products.low_rank_product", product)
     if packed:
         quantize_base(gemma, "nf4")
     lora.apply_lora(gemma, rank=2, targets="all-linear")
@@ -151,75 +152,73 @@ def test_validation_is_in_float32_even_when_merged(gemma):
     x = {"token_ids": rng.integers(5, 300, (2, 12)), "padding_mask": np.ones((2, 12), "int32")}
     y = rng.integers(5, 300, (2, 12))
 
-    def losses(mixed_precision, merged):
+    def losses(mixed_precision):
         tuner = FineTuner(gemma, mixed_precision=mixed_precision)
         tuner.compile(keras.optimizers.SGD(0.0))
-        if merged:
-            lora.merge_lora(gemma)
-            for block in gemma.backbone.transformer_layers:
-                block.attention.rounded_product = None  # which rounds whatever the kernels are
-        trained = tuner(x, training=True)
+        trained = np.asarray(tuner(x, training=True))
+        plain = float(np.ravel(tuner.evaluate(x, y, verbose=0))[0])
+        lora.merge_lora(gemma)
+        merged = float(np.ravel(tuner.evaluate(x, y, verbose=0))[0])
         lora.unmerge_lora(gemma)
-        return float(np.ravel(tuner.evaluate(x, y, verbose=0))[0]), np.asarray(trained)
+        return plain, merged, trained
 
-    plain, mixed = losses(False, False), losses(True, False)
+    plain, mixed = losses(False), losses(True)
     assert mixed[0] == pytest.approx(plain[0], rel=1e-6)
-    assert np.abs(mixed[1] - plain[1]).max() > 1e-4  # training does round
-    # The update is in the kernel, and must not be lost with a rounded copy of the old one.
-    merged = losses(True, True)[1]
-    np.testing.assert_allclose(merged, plain[1], atol=1e-4 * np.abs(plain[1]).max())
+    assert mixed[1] == pytest.approx(plain[0], rel=1e-5)  # the compiled program sees that it is merged
+    assert np.abs(mixed[2] - plain[2]).max() > 1e-4  # training does round
 
 
-def test_rounded_copies_are_variables_of_the_tuner_and_go_with_it(gemma):
+def test_rounded_copies_are_variables_of_the_tuner(gemma):
     """As variables they are arguments of the compiled step; as constants they would be compiled into it."""
     lora.apply_lora(gemma, rank=2, targets="all-linear")
     tuner = FineTuner(gemma, mixed_precision=True)
     held = {id(v) for v in tuner.non_trainable_variables}
-    assert len(tuner.rounded) == 2 * 7 + 1 and {id(v) for v in tuner.rounded} <= held
-    assert [v.dtype for v in tuner.rounded] == ["bfloat16"] * 14 + ["uint16"]  # the table: its bits
-    FineTuner(gemma)  # without it
-    assert all(layer.rounded_kernel is None for layer in lora.lora_layers(gemma))
+    assert len(tuner.copies) == 2 * 7 + 1 and {id(v) for v in tuner.copies} <= held
+    assert [v.dtype for v in tuner.copies] == ["bfloat16"] * 14 + ["uint16"]  # the table: its bits
+    assert not FineTuner(gemma, mixed_precision=False).copies
+
+
+def test_a_kernel_that_is_assigned_to_is_rounded_anew(gemma):
+    lora.apply_lora(gemma, rank=2)
+    tuner = FineTuner(gemma, mixed_precision=True)
+    tuner.compile(keras.optimizers.SGD(0.0))
+    x = {"token_ids": np.full((2, 12), 7), "padding_mask": np.ones((2, 12), "int32")}
+    before = tuner.train_on_batch(x, np.full((2, 12), 9))
+    kernel = gemma.backbone.transformer_layers[0].gating_ffw.kernel
+    kernel.assign(-kernel)
+    assert tuner.train_on_batch(x, np.full((2, 12), 9)) != pytest.approx(before)
+
+
+def test_layers_that_are_trained_do_not_round(gemma):
+    def rounding(**named):
+        tuner = FineTuner(gemma, mixed_precision=True)
+        weights = collect(gemma, tuner._precision(True), True)
+        return {name for block in weights.blocks for name, matrix in block.linear.items() if type(matrix) is Rounded}
+
+    assert rounding() == set()  # everything is trained
+    for block in gemma.backbone.transformer_layers:
+        block.gating_ffw.trainable = False
+    assert rounding() == {"gate"}
 
 
 LAYERS = {
-    "dense": lambda: (keras.layers.Dense(7, use_bias=False, activation="gelu"), (2, 5, 40)),
+    "dense": lambda: (keras.layers.Dense(7, use_bias=False), (2, 5, 40)),
     "query": lambda: (keras.layers.EinsumDense("btd,ndh->btnh", (None, 3, 4)), (2, 5, 40)),
     "output": lambda: (keras.layers.EinsumDense("btnh,nhd->btd", (None, 6)), (2, 5, 4, 10)),
 }
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-def test_a_frozen_layer_without_lora_rounds_while_it_trains(kind):
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_frozen_layer_rounds_both_factors(kind, copied):
     layer, shape = LAYERS[kind]()
     layer.build(shape)
     layer.trainable = False
     x = np.random.default_rng(0).normal(size=shape).astype("float32")
-    before = np.asarray(layer(x, training=True))
-    round_layer(layer, keras.Variable(linear.kernel_matrix(layer), dtype="bfloat16", trainable=False))
-    np.testing.assert_array_equal(layer(x, training=False), before)
-    kernel = np.asarray(layer.kernel)
-    layer.kernel.assign(rounded(kernel))
-    expected = type(layer).call(layer, jnp.asarray(rounded(x), "float32"))
-    layer.kernel.assign(kernel)
-    np.testing.assert_allclose(layer(x, training=True), expected, atol=1e-5)
-    assert np.abs(np.asarray(layer(x, training=True)) - before).max() > 1e-4
-    round_layer(layer, None)
-    np.testing.assert_array_equal(layer(x, training=True), before)
-
-
-def test_layers_that_are_trained_or_belong_to_another_training_do_not_round(gemma):
-    for block in gemma.backbone.transformer_layers:
-        block.gating_ffw.trainable = False
-    FineTuner(gemma, mixed_precision=True)
-    rounding = {layer.name for _, _, layer in lora.plain_layers(gemma) if "call" in vars(layer)}
-    assert rounding == {"ffw_gating"}
-    FineTuner(gemma)
-    assert not any("call" in vars(layer) for _, _, layer in lora.plain_layers(gemma))
-
-
-def test_generation_leaves_the_layers_as_they_were(gemma):
-    lora.apply_lora(gemma, rank=2, targets="all-linear")
-    for layer in lora.lora_layers(gemma):
-        layer.lora_b.assign(np.random.default_rng(3).normal(0, 0.5, layer.lora_b.shape))
-    generate_tokens(gemma, [np.array([5, 6, 7], "int32")], [1], 3)
-    assert all(layer.whole_kernel is None for layer in lora.lora_layers(gemma))
+    copy = keras.ops.cast(linear.kernel_matrix(layer), "bfloat16")
+    precision = Precision(True, {id(layer): copy} if copied else {})
+    ours = linear.in_rows(layer, x, product_of(layer, precision).multiply)
+    before = np.asarray(layer(x))
+    layer.kernel.assign(rounded(layer.kernel))
+    np.testing.assert_allclose(ours, layer(rounded(x).astype("float32")), atol=1e-5)
+    assert np.abs(np.asarray(ours) - before).max() > 1e-4

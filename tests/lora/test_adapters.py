@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from gemma_lora import lora
 from gemma_lora.base.files import GemmaLoraError
 from gemma_lora.data.templates import Template
 from gemma_lora.generation import engine as generation
 from gemma_lora.lora import houlsby as adapters
-from gemma_lora.lora import layer as lora
 from gemma_lora.training.tuner import FineTuner
 from tests.conftest import tiny_gemma
 from tests.training.test_checkpoint import StopAt

@@ -6,10 +6,10 @@ import keras
 import numpy as np
 import pytest
 
+from gemma_lora import lora
 from gemma_lora.generation.engine import generate_tokens
 from gemma_lora.layers import linear
 from gemma_lora.lora import dora, qlora
-from gemma_lora.lora import layer as lora
 from gemma_lora.training.tuner import FineTuner
 from tests.conftest import tiny_gemma
 from tests.lora.test_lora import CASES

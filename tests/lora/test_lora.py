@@ -6,8 +6,8 @@ import keras
 import numpy as np
 import pytest
 
+from gemma_lora import lora
 from gemma_lora.layers import linear
-from gemma_lora.lora import layer as lora
 
 
 def filled(layer, seed=0):

@@ -5,8 +5,8 @@ import keras
 import numpy as np
 import pytest
 
+from gemma_lora import lora
 from gemma_lora.layers import linear
-from gemma_lora.lora import layer as lora
 
 TOKENS, D_IN, D_OUT, RANK, ALPHA = 5, 6, 8, 2, 3.0
 SCALING = {False: ALPHA / RANK, True: ALPHA / np.sqrt(RANK)}

@@ -8,8 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from gemma_lora.lora import ptq
-from gemma_lora.lora.layer import TARGETS, apply_lora
+from gemma_lora.lora import TARGETS, apply_lora, ptq
 from gemma_lora.quantization import nf4
 
 BLOCKS = 2  # of the tiny Gemma

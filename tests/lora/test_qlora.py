@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 import gemma_lora as gl
+from gemma_lora import lora
 from gemma_lora.data.templates import Template
 from gemma_lora.layers.loss import chunked_cross_entropy
-from gemma_lora.lora import layer as lora
 from gemma_lora.lora import qlora
 from gemma_lora.quantization import packed
 from tests.conftest import tiny_gemma

@@ -65,7 +65,6 @@ def tiny_transformers(generation: int):
 
 def to_keras_hub(model, generation: int):
     """The same weights in KerasHub's Gemma, written out here so that no loader of ours is trusted."""
-    from gemma_lora.gemma.blocks import enable_segments
     from gemma_lora.gemma.load import import_keras_hub
 
     hub = import_keras_hub()
@@ -118,7 +117,6 @@ def to_keras_hub(model, generation: int):
         if generation == 3:
             attention.query_norm.scale.assign(of("self_attn.q_norm"))
             attention.key_norm.scale.assign(of("self_attn.k_norm"))
-    enable_segments(backbone)
     return causal_lm
 
 

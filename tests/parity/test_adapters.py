@@ -9,8 +9,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 import gemma_lora as gl
+from gemma_lora import lora
 from gemma_lora.exchange.peft import load_adapter, save_adapter, slots
-from gemma_lora.lora import layer as lora
 from gemma_lora.training.tuner import FineTuner
 from tests.parity.conftest import tiny_transformers, to_keras_hub
 
@@ -126,7 +126,7 @@ def their_parameters(adapted, ours):
     named = dict(adapted.named_parameters())
     found = []
     for slot in slots(ours):
-        if isinstance(slot.layer, lora._LoRALayer):
+        if isinstance(slot.layer, lora.LoRALayer):
             what = ("lora_A", "lora_B", "lora_magnitude_vector")[: 3 if slot.layer.dora else 2]
             found.append([named[f"base_model.model.{slot.module}.{name}.default.weight"] for name in what])
     return found

@@ -13,10 +13,10 @@ import keras
 import numpy as np
 import pytest
 
+from gemma_lora import lora
 from gemma_lora.base.files import GemmaLoraError
 from gemma_lora.data.dataset import load_dataset
 from gemma_lora.data.templates import Template
-from gemma_lora.lora import layer as lora
 from gemma_lora.training import checkpoint
 from gemma_lora.training.tuner import FineTuner
 from tests.conftest import CharacterTokenizer, tiny_gemma

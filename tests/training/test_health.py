@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from gemma_lora.course import traps
-from gemma_lora.gemma.blocks import enable_segments
-from gemma_lora.lora.layer import apply_lora
+from gemma_lora.lora import apply_lora
 from gemma_lora.training import health
 from gemma_lora.training.tuner import FineTuner
 from tests.conftest import CharacterTokenizer, tiny_gemma
@@ -166,9 +165,9 @@ def test_neighbours_that_are_seen():
     model, (x, y, weights) = gemma_with_lora(), traps.random_rows()
     x["padding_mask"] = np.array([[1] * 6 + [2] * 6] * 4, "int32")
     assert not health.neighbours_are_unseen(model, (x, y, weights)).fine
-    enable_segments(model.backbone)
-    model.compile(keras.optimizers.Adam(0.02), mean_loss())
-    assert health.neighbours_are_unseen(model, (x, y, weights)).fine
+    tuner = FineTuner(model)
+    tuner.compile(keras.optimizers.Adam(0.02))
+    assert health.neighbours_are_unseen(tuner, (x, y, weights)).fine
     with pytest.raises(ValueError, match="No row"):
         health.neighbours_are_unseen(model, traps.random_rows())
 

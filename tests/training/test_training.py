@@ -6,11 +6,11 @@ import keras
 import numpy as np
 import pytest
 
+from gemma_lora import lora
 from gemma_lora.base.files import GemmaLoraError
 from gemma_lora.data.dataset import load_dataset
 from gemma_lora.data.packing import Batch
 from gemma_lora.data.templates import Template
-from gemma_lora.lora import layer as lora
 from gemma_lora.training.tuner import FineTuner, WarmupCosine, _shares
 from tests.conftest import tiny_gemma
 
