@@ -28,7 +28,7 @@ _MODULES: dict[str, list[str]] = {
         "batch_axes",
         "in_rows",
     ],
-    "loss": ["NEGLIGIBLE", "table_rows", "chunked_cross_entropy", "token_scores"],
+    "loss": ["NEGLIGIBLE", "table_rows", "chunked_cross_entropy", "fitting_chunk", "token_scores"],
     "mixed_precision": [
         "frozen_product",
         "product",
