@@ -13,6 +13,7 @@ of the loss is counted).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -164,7 +165,7 @@ def _add_where(wanted, mean, pull, block, factor):
     def for_all(mean):
         return mean + _dot(pull.astype(factor), block.astype(factor), ((1,), (0,)))
 
-    branches = [lambda mean: mean, *(partial(for_few, size) for size in sizes), for_all]
+    branches: list[Callable] = [lambda mean: mean, *(partial(for_few, size) for size in sizes), for_all]
     enough = jnp.sum(jnp.count_nonzero(wanted) > jnp.array([0, *sizes]))
     return jax.lax.switch(enough, branches, mean)
 
@@ -260,9 +261,8 @@ def _loss_and_gradients(hidden, embeddings, targets, weights, chunk_size, soft_c
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
 def _summed_loss(hidden, embeddings, targets, weights, chunk_size, soft_cap, train_embeddings, shortcuts):
-    factors = _factors(hidden, embeddings, shortcuts)
-    loss, _, _ = _loss_and_gradients(*factors, targets, weights, chunk_size, soft_cap, False, False, shortcuts)
-    return loss
+    hidden, table = _factors(hidden, embeddings, shortcuts)
+    return _loss_and_gradients(hidden, table, targets, weights, chunk_size, soft_cap, False, False, shortcuts)[0]
 
 
 def _factors(hidden, embeddings, shortcuts: _Shortcuts):
@@ -272,9 +272,9 @@ def _factors(hidden, embeddings, shortcuts: _Shortcuts):
 
 
 def _forward(hidden, embeddings, targets, weights, chunk_size, soft_cap, train_embeddings, shortcuts):
-    factors = _factors(hidden, embeddings, shortcuts)
+    factor, table = _factors(hidden, embeddings, shortcuts)
     loss, grad_hidden, grad_embeddings = _loss_and_gradients(
-        *factors, targets, weights, chunk_size, soft_cap, True, train_embeddings, shortcuts
+        factor, table, targets, weights, chunk_size, soft_cap, True, train_embeddings, shortcuts
     )
     like = jnp.zeros((0,), hidden.dtype)
     return loss, (grad_hidden, grad_embeddings, like if train_embeddings else embeddings, like)
@@ -402,7 +402,7 @@ def chunked_cross_entropy(
 
     >>> hidden = jnp.ones((2, 3, 4)); embeddings = jnp.eye(4)
     >>> targets = jnp.zeros((2, 3), "int32")
-    >>> float(chunked_cross_entropy(hidden, embeddings, targets, jnp.ones((2, 3))).round(4))
+    >>> round(float(chunked_cross_entropy(hidden, embeddings, targets, jnp.ones((2, 3)))), 4)
     1.3863
 
     Reference: Wijmans et al. 2024, "Cut Your Losses" (https://arxiv.org/abs/2411.09009), section 4, a loss that never
@@ -496,13 +496,15 @@ def token_scores(
     size = max(1, -(-count // chunks))  # equal ones, with little room to spare
     fill = chunks * size - count
     hidden, embeddings = _factors(hidden, embeddings, _Shortcuts())
-    parts = jnp.pad(hidden, ((0, fill), (0, 0))).reshape(chunks, size, -1), jnp.pad(targets, (0, fill))
+    hidden = jnp.pad(hidden, ((0, fill), (0, 0))).reshape(chunks, size, -1)
+    targets = jnp.pad(targets, (0, fill)).reshape(chunks, size)
 
     def one_chunk(part):
-        chunk = _Chunk.of(*part, jnp.ones(size, jnp.float32))
+        hidden, targets = part
+        chunk = _Chunk.of(hidden, targets, jnp.ones(size, jnp.float32))
         at_target = _rows_of(embeddings, chunk.targets)
         seen = _over_vocabulary(chunk, embeddings, at_target, soft_cap, False, _Shortcuts())
         return _token_losses(seen)[0], seen.maximum <= seen.target
 
-    losses, likeliest = jax.lax.map(one_chunk, (parts[0], parts[1].reshape(chunks, size)))
+    losses, likeliest = jax.lax.map(one_chunk, (hidden, targets))
     return losses.reshape(-1)[:count], likeliest.reshape(-1)[:count]
