@@ -18,9 +18,9 @@ from random import Random
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import lines as ln  # noqa: E402
-import patterns as pt  # noqa: E402
-import vocabulary as vo  # noqa: E402
+import lines as ln
+import patterns as pt
+import vocabulary as vo
 
 FOLDER = Path(__file__).resolve().parent
 SPLITS = {

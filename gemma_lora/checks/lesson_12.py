@@ -56,7 +56,7 @@ def mended_mean(function: Callable) -> None:
         return np.mean([right(loss, weight) for loss, weight in zip(losses, weights, strict=True)])
 
     def counted(losses, weights):
-        return float((losses * weights).sum()) / max(np.count_nonzero(weights), 1)
+        return float((losses * weights).sum()) / max(int(np.count_nonzero(weights)), 1)
 
     slips = {
         "the sum is divided by all positions, as Keras does by default": lambda losses, weights: (

@@ -1,9 +1,9 @@
 """Where a training with Keras, KerasHub or JAX goes wrong without a word, each reproduced in a second or two.
 
-Lesson 12 shows them; `python -m gemma_lora.course.traps` tries them all on the installed versions and prints which
-are still there. A trap is a function without arguments that returns True while the library does the surprising thing, and False
-once it does not, or refuses (`make latest` runs them on the newest releases). They stand in the package and not among
-the tests, because the lesson is read where there are no tests: after `pip install`, on Colab.
+Lesson 12 shows them; `python -m gemma_lora.course.traps` tries them all on the installed versions and prints which are
+still there. A trap is a function without arguments that returns True while the library does the surprising thing, and
+False once it does not, or refuses (`make latest` runs them on the newest releases). They stand in the package and not
+among the tests, because the lesson is read where there are no tests: after `pip install`, on Colab.
 """
 
 from __future__ import annotations

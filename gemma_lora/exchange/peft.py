@@ -7,8 +7,8 @@ ours, under the module names of transformers' Gemma, and with DoRA `lora_magnitu
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,16 +18,13 @@ import numpy as np
 
 from gemma_lora.base.files import GemmaLoraError, atomic_path, write_json_atomic
 from gemma_lora.base.keras_on_jax import keras
+from gemma_lora.exchange.peft_folder import CONFIG, FACTORS, MAGNITUDE, TEMPLATE, WEIGHTS, AdapterFolder, read_folder
 from gemma_lora.layers import linear
 from gemma_lora.layers.places import PLACES, linear_places
 from gemma_lora.layers.surgery import forget_programs, replace
 from gemma_lora.lora.apply import detach_lora, lora_layers
 from gemma_lora.lora.dora import column_squares
 from gemma_lora.lora.layer import LoRADense, LoRAEinsumDense, LoRALayer
-
-#: PEFT's names of what an adapter holds for a module; the last with DoRA only.
-_FACTORS, _MAGNITUDE = ("lora_A", "lora_B"), "lora_magnitude_vector"
-_CONFIG, _WEIGHTS, _TEMPLATE = "adapter_config.json", "adapter_model.safetensors", "template.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,15 +83,15 @@ def save_adapter(
         tensors[f"{name}.lora_A.weight"] = np.ascontiguousarray(np.asarray(slot.layer.lora_a, np.float32).T)
         tensors[f"{name}.lora_B.weight"] = np.ascontiguousarray(np.asarray(slot.layer.lora_b, np.float32).T)
         if slot.layer.dora:
-            tensors[f"{name}.{_MAGNITUDE}"] = np.asarray(slot.layer.magnitude, np.float32)
+            tensors[f"{name}.{MAGNITUDE}"] = np.asarray(slot.layer.magnitude, np.float32)
     folder = Path(folder)
-    with atomic_path(folder / _WEIGHTS) as temporary:
+    with atomic_path(folder / WEIGHTS) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
     template = template or getattr(model, "gemma_lora_template", None)
     if template is not None:
-        write_json_atomic(folder / _TEMPLATE, template.to_dict())
+        write_json_atomic(folder / TEMPLATE, template.to_dict())
     # The configuration last: a folder that has one is complete.
-    write_json_atomic(folder / _CONFIG, _config(adapted, base_model))
+    write_json_atomic(folder / CONFIG, _config(adapted, base_model))
     return folder
 
 
@@ -135,88 +132,63 @@ def load_adapter(model: keras.Model, folder: str | os.PathLike) -> keras.Model:
         The same model; `model.gemma_lora_template` is the folder's template, or None.
 
     Raises:
-        GemmaLoraError: If a file is missing or damaged, the adapter is of a kind that is not read, a tensor
-            fits no layer of this model, or the adapter changes nothing (every B is zero, and with DoRA every
-            magnitude is the norm of its column).
+        GemmaLoraError: If a file is missing or damaged, a value in it is not what PEFT writes, the adapter is of a kind
+            that is not read, a tensor fits no layer of this model, or the adapter changes nothing (every B is zero, and
+            with DoRA every magnitude is the norm of its column). The model is then as it was, with the LoRA it had.
     """
     folder = Path(folder)
-    config = _read_config(folder)
-    dora = bool(config.get("use_dora"))
-    modules = _read_modules(folder / _WEIGHTS, dora)
     places = {slot.module: slot for slot in slots(model)}
+    read = read_folder(folder)
     if any(getattr(layer, "merged", False) for layer in lora_layers(model)):
         raise GemmaLoraError("The model holds a merged adapter. Call `unmerge_lora(model)` before another is loaded.")
-    _check_fit(folder, modules, places)
-    detach_lora(model)
-    for variable in model.variables:
-        variable.trainable = False
-    for module, tensors in modules.items():
-        slot = places[module]
-        cls = LoRADense if isinstance(slot.layer, keras.layers.Dense) else LoRAEinsumDense
-        layer = cls(
-            slot.layer,
-            tensors["lora_A"].shape[0],
-            alpha=config["lora_alpha"],
-            dropout=config.get("lora_dropout", 0.0),
-            rslora=config.get("use_rslora", False),
-            dora=dora,
-        )
-        layer.lora_a.assign(tensors["lora_A"].T)
-        layer.lora_b.assign(tensors["lora_B"].T)
-        if dora:
-            layer.magnitude.assign(tensors[_MAGNITUDE])
-        replace(slot.parent, slot.attribute, layer)
+    _check_fit(folder, read.modules, places)
+    with _as_it_was_on_error(model):
+        detach_lora(model)
+        for variable in model.variables:
+            variable.trainable = False
+        for module, tensors in read.modules.items():
+            slot = places[module]
+            replace(slot.parent, slot.attribute, _new_layer(slot.layer, tensors, read))
     forget_programs(model)
-    model.gemma_lora_template = _read_template(folder)
+    model.gemma_lora_template = read.template
     return model
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / _CONFIG
+def _new_layer(base: keras.layers.Layer, tensors: dict[str, np.ndarray], read: AdapterFolder) -> keras.layers.Layer:
+    """LoRA around a linear layer, with the file's numbers."""
+    settings = read.settings
+    cls = LoRADense if isinstance(base, keras.layers.Dense) else LoRAEinsumDense
+    layer = cls(
+        base, read.rank, alpha=settings.alpha, dropout=settings.dropout, rslora=settings.rslora, dora=settings.dora
+    )
+    layer.lora_a.assign(tensors["lora_A"].T)
+    layer.lora_b.assign(tensors["lora_B"].T)
+    if settings.dora:
+        layer.magnitude.assign(tensors[MAGNITUDE])
+    return layer
+
+
+@contextlib.contextmanager
+def _as_it_was_on_error(model: keras.Model) -> Iterator[None]:
+    """Puts layers, activations and trainable flags back if the block inside ends with an error.
+
+    What a folder says is checked before. This is for the rest: memory that runs out, Ctrl-C half-way.
+    """
+    held = list(lora.linear_layers(model))
+    bases = [_without_lora(layer) for _, _, layer in held]
+    activations = [base.activation for base in bases]
+    trainable = [(variable, variable.trainable) for variable in model.variables]
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise GemmaLoraError(f"{path}: no such file. Give the folder that holds {_CONFIG} and {_WEIGHTS}.") from None
-    except ValueError as error:
-        raise GemmaLoraError(f"{path}: not JSON ({error}). Save the adapter again.") from error
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise GemmaLoraError(f"{path}: peft_type is {kind!r}; only 'LORA' adapters are read.")
-    for name in ("rank_pattern", "alpha_pattern", "modules_to_save"):
-        if config.get(name) not in (None, {}, []):
-            raise GemmaLoraError(f"{path}: {name} is {config[name]!r}, which is not supported.")
-    if not isinstance(config.get("lora_alpha"), int | float):
-        raise GemmaLoraError(f"{path}: lora_alpha must be a number. Received: {config.get('lora_alpha')!r}")
-    return config
-
-
-def _read_modules(path: Path, dora: bool) -> dict[str, dict[str, np.ndarray]]:
-    """What a file holds: `{module: {"lora_A": (rank, d_in), "lora_B": (d_out, rank)}}`, DoRA's vector (d_out,) too."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    if not path.is_file():
-        raise GemmaLoraError(f"{path}: no such file. PEFT writes it with safe_serialization=True.")
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, TypeError, KeyError, ValueError) as error:
-        raise GemmaLoraError(f"{path}: cannot be read ({error}). Save the adapter again, in float32.") from error
-    wanted = (*_FACTORS, _MAGNITUDE) if dora else _FACTORS
-    modules: dict[str, dict[str, np.ndarray]] = {}
-    for name, tensor in tensors.items():
-        module, _, factor = name.removesuffix(".weight").rpartition(".")
-        if factor == _MAGNITUDE and not dora:
-            raise GemmaLoraError(f"{path}: tensor {name} is DoRA's, but use_dora is not true in {_CONFIG}.")
-        if factor not in wanted:
-            raise GemmaLoraError(f"{path}: tensor {name} is neither lora_A nor lora_B; it is not supported.")
-        module = module.removeprefix("base_model.model.")
-        # Multimodal Gemma 3 checkpoints nest the text model one level deeper.
-        module = module.replace("model.language_model.", "model.").replace("language_model.model.", "model.")
-        modules.setdefault(module, {})[factor] = np.asarray(tensor, np.float32)
-    for module, found in modules.items():
-        if missing := [factor for factor in wanted if factor not in found]:
-            raise GemmaLoraError(f"{path}: {module} lacks {' and '.join(missing)}. Save the adapter again.")
-    return modules
+        yield
+    except BaseException:
+        for parent, attribute, layer in held:
+            if getattr(parent, attribute) is not layer:
+                replace(parent, attribute, layer)
+        for base, activation in zip(bases, activations, strict=True):
+            base.activation = activation
+        for variable, flag in trainable:
+            variable.trainable = flag
+        raise
 
 
 def _check_fit(folder: Path, modules: dict[str, dict[str, np.ndarray]], places: dict[str, Slot]) -> None:
@@ -225,42 +197,30 @@ def _check_fit(folder: Path, modules: dict[str, dict[str, np.ndarray]], places: 
         what = f"{len(unmatched)} of {len(modules)} modules, {unmatched[0]} first," if unmatched else "nothing in it"
         raise GemmaLoraError(f"{folder}: {what} match no layer of this model. The adapter is for another model.")
     for module, tensors in modules.items():
-        a, b = (tensors[name] for name in _FACTORS)
-        d_in, d_out = linear.matrix_shape(_base(places[module]))
+        a, b = (tensors[name] for name in FACTORS)
+        d_in, d_out = linear.matrix_shape(_without_lora(places[module].layer))
         if a.shape[1:] != (d_in,) or b.shape != (d_out, a.shape[0]):
             raise GemmaLoraError(
                 f"{folder}: {module} has A {a.shape} and B {b.shape}; this model needs A (rank, {d_in}) and "
                 f"B ({d_out}, rank). The adapter is for another model."
             )
-        if _MAGNITUDE in tensors and tensors[_MAGNITUDE].shape != (d_out,):
+        if MAGNITUDE in tensors and tensors[MAGNITUDE].shape != (d_out,):
             raise GemmaLoraError(
-                f"{folder}: {module} has a magnitude {tensors[_MAGNITUDE].shape}; this model needs ({d_out},). "
+                f"{folder}: {module} has a magnitude {tensors[MAGNITUDE].shape}; this model needs ({d_out},). "
                 "The adapter is for another model."
             )
     if not any(_changes(tensors, places[module]) for module, tensors in modules.items()):
         raise GemmaLoraError(f"{folder}: the adapter changes nothing (every lora_B is zero). It was never trained.")
 
 
-def _base(slot: Slot) -> keras.layers.Layer:
-    """The linear layer in a place, without the LoRA that may stand around it."""
-    return slot.layer.base if isinstance(slot.layer, LoRALayer) else slot.layer
+def _without_lora(layer: keras.layers.Layer) -> keras.layers.Layer:
+    """A linear layer itself, where LoRA may stand around it."""
+    return layer.base if isinstance(layer, LoRALayer) else layer
 
 
 def _changes(tensors: dict[str, np.ndarray], slot: Slot) -> bool:
     """Whether a module's adapter changes what the layer gives."""
-    if np.any(tensors["lora_B"]) or _MAGNITUDE not in tensors:
+    if np.any(tensors["lora_B"]) or MAGNITUDE not in tensors:
         return bool(np.any(tensors["lora_B"]))
-    norms = np.sqrt(column_squares(linear.kernel_matrix(_base(slot))))
-    return not np.allclose(tensors[_MAGNITUDE], norms, rtol=1e-4)
-
-
-def _read_template(folder: Path):
-    from gemma_lora.data.templates import Template
-
-    path = folder / _TEMPLATE
-    if not path.is_file():
-        return None
-    try:
-        return Template.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, KeyError, TypeError) as error:
-        raise GemmaLoraError(f"{path}: not a template ({error}). Save the adapter again.") from error
+    norms = np.sqrt(column_squares(linear.kernel_matrix(_without_lora(slot.layer))))
+    return not np.allclose(tensors[MAGNITUDE], norms, rtol=1e-4)

@@ -149,7 +149,7 @@ def _outside_blocks(c: Configuration) -> int:
 
 
 def target_names(configuration: Configuration, targets: str | Sequence[str]) -> tuple[str, ...]:
-    """Checks LoRA's targets: `"all-linear"` or names among the configuration's linear layers."""
+    """Checks LoRA's targets, `"all-linear"` or names of the configuration's linear layers: each once, in order."""
     names = tuple(configuration.matrices())
     if targets == "all-linear":
         return names
@@ -158,7 +158,7 @@ def target_names(configuration: Configuration, targets: str | Sequence[str]) -> 
         raise ValueError(
             f"`targets` must name layers among {', '.join(names)}, or be 'all-linear'. Received: targets={targets!r}"
         )
-    return chosen
+    return tuple(name for name in names if name in chosen)
 
 
 def lora_parameters(

@@ -31,7 +31,7 @@ _MODULES: dict[str, list[str]] = {
         "batch_axes",
         "in_rows",
     ],
-    "loss": ["NEGLIGIBLE", "table_rows", "chunked_cross_entropy", "token_scores"],
+    "loss": ["NEGLIGIBLE", "table_rows", "chunked_cross_entropy", "fitting_chunk", "token_scores"],
     "mixed_precision": ["frozen_product", "low_rank_product", "batched_product"],
     "products": [
         "Matrix",

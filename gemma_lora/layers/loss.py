@@ -13,11 +13,13 @@ of the loss is counted).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gemma_lora.quantization.packed import Bfloat16Rows, Int8Rows
 
@@ -25,15 +27,27 @@ from gemma_lora.quantization.packed import Bfloat16Rows, Int8Rows
 NEGLIGIBLE = 2.0**-16
 _FEW = (16, 64, 128)  # tokens that the filter may form a block's product for, when it is not for all of a chunk
 _PACKED = Int8Rows | Bfloat16Rows
+_LONGEST = 256  # tokens in a chunk that `fitting_chunk` chooses
 _BLOCK = 1024  # vocabulary entries whose logits exist together: fastest on two cores of 1,024 to 32,768
 
 
 class _Chunk(NamedTuple):
-    """Tokens that are worked on together: hidden (C, D), targets (C,) int32, weights (C,) float32."""
+    """Tokens that are worked on together: hidden (C, D), targets (C,) int32, weights (C,) float32.
+
+    Invariants: targets are in [0, V); `hidden` is 0 where the weight is 0, and NaN where the token has no loss because
+    its target was not in the vocabulary.
+    """
 
     hidden: jax.Array
     targets: jax.Array
     weights: jax.Array
+
+    @classmethod
+    def of(cls, hidden, targets, weights) -> _Chunk:
+        """A chunk of any hidden states, with -1 for targets outside the vocabulary (`_known_targets`)."""
+        # Chosen, not multiplied: 0 · inf is NaN.
+        counted = jnp.where((targets >= 0)[:, None], hidden, jnp.nan)
+        return cls(jnp.where((weights != 0)[:, None], counted, 0), jnp.maximum(targets, 0), weights)
 
 
 class _Shortcuts(NamedTuple):
@@ -151,7 +165,7 @@ def _add_where(wanted, mean, pull, block, factor):
     def for_all(mean):
         return mean + _dot(pull.astype(factor), block.astype(factor), ((1,), (0,)))
 
-    branches = [lambda mean: mean, *(partial(for_few, size) for size in sizes), for_all]
+    branches: list[Callable] = [lambda mean: mean, *(partial(for_few, size) for size in sizes), for_all]
     enough = jnp.sum(jnp.count_nonzero(wanted) > jnp.array([0, *sizes]))
     return jax.lax.switch(enough, branches, mean)
 
@@ -226,7 +240,7 @@ def _loss_and_gradients(hidden, embeddings, targets, weights, chunk_size, soft_c
         loss, grad_hidden, grad_embeddings = carry
         start = index * chunk_size
         part = partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=chunk_size)
-        chunk = _Chunk(part(hidden), part(targets), part(weights))
+        chunk = _Chunk.of(part(hidden), part(targets), part(weights))
         chunk_loss, chunk_hidden, log_normalizer = _chunk_loss(chunk, embeddings, soft_cap, d_hidden, shortcuts)
         if d_hidden:
             grad_hidden = jax.lax.dynamic_update_slice_in_dim(grad_hidden, chunk_hidden, start, axis=0)
@@ -247,9 +261,8 @@ def _loss_and_gradients(hidden, embeddings, targets, weights, chunk_size, soft_c
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
 def _summed_loss(hidden, embeddings, targets, weights, chunk_size, soft_cap, train_embeddings, shortcuts):
-    factors = _factors(hidden, embeddings, shortcuts)
-    loss, _, _ = _loss_and_gradients(*factors, targets, weights, chunk_size, soft_cap, False, False, shortcuts)
-    return loss
+    hidden, table = _factors(hidden, embeddings, shortcuts)
+    return _loss_and_gradients(hidden, table, targets, weights, chunk_size, soft_cap, False, False, shortcuts)[0]
 
 
 def _factors(hidden, embeddings, shortcuts: _Shortcuts):
@@ -259,9 +272,9 @@ def _factors(hidden, embeddings, shortcuts: _Shortcuts):
 
 
 def _forward(hidden, embeddings, targets, weights, chunk_size, soft_cap, train_embeddings, shortcuts):
-    factors = _factors(hidden, embeddings, shortcuts)
+    factor, table = _factors(hidden, embeddings, shortcuts)
     loss, grad_hidden, grad_embeddings = _loss_and_gradients(
-        *factors, targets, weights, chunk_size, soft_cap, True, train_embeddings, shortcuts
+        factor, table, targets, weights, chunk_size, soft_cap, True, train_embeddings, shortcuts
     )
     like = jnp.zeros((0,), hidden.dtype)
     return loss, (grad_hidden, grad_embeddings, like if train_embeddings else embeddings, like)
@@ -279,12 +292,69 @@ def _backward(chunk_size, soft_cap, train_embeddings, shortcuts, residuals, cota
 _summed_loss.defvjp(_forward, _backward)
 
 
+def fitting_chunk(tokens: int) -> int:
+    """The chunk size in which so many tokens fit with little room to spare.
+
+    The smallest number of equal chunks of at most 256 tokens, with their size rounded up to a multiple of 16. A matrix
+    product over fewer tokens is slower per token, and the last chunk's empty places are computed too.
+
+    Args:
+        tokens: Integer of at least 0, the tokens that carry loss.
+
+    Returns:
+        Integer, 16 to 256: tokens per chunk.
+
+    Raises:
+        ValueError: If `tokens` is negative.
+
+    Example:
+
+    >>> [fitting_chunk(tokens) for tokens in (1, 100, 256, 257, 1024)]
+    [16, 112, 256, 144, 256]
+    """
+    if tokens < 0:
+        raise ValueError(f"`tokens` must be at least 0. Received: tokens={tokens!r}")
+    tokens = max(1, tokens)
+    chunks = -(-tokens // _LONGEST)
+    return -(-tokens // chunks // 16) * 16
+
+
+def _is_known(array) -> bool:
+    """Whether an array's numbers can be read now: neither traced nor on another process's devices."""
+    return not isinstance(array, jax.core.Tracer) and getattr(array, "is_fully_addressable", True)
+
+
+def _known_targets(targets, weights, vocabulary: int) -> jax.Array:
+    """`targets` as int32, with -1 in the place of those outside the vocabulary.
+
+    Raises:
+        ValueError: If `targets` are no integers, or one outside the vocabulary is at a token with loss. The second is
+            seen only where both arrays' numbers are known; a traced program cannot raise.
+    """
+    kind = getattr(targets, "dtype", None) or np.asarray(targets).dtype
+    if np.size(targets) and not jnp.issubdtype(kind, jnp.integer):
+        raise ValueError(f"`targets` must be integers. Received: targets of dtype {kind}")
+    if not _is_known(targets):
+        targets = jnp.asarray(targets)
+        narrow = targets.astype(jnp.int32)
+        # A number too large for int32 comes back as another one.
+        return jnp.where((narrow >= 0) & (narrow < vocabulary) & (narrow == targets), narrow, -1)
+    numbers = np.asarray(targets).astype(np.int64)
+    outside = (numbers < 0) | (numbers >= vocabulary)
+    if outside.any() and _is_known(weights) and (wrong := numbers[outside & (np.asarray(weights) != 0)]).size:
+        raise ValueError(
+            f"`targets` must be in [0, {vocabulary}), the vocabulary, where a token carries loss. Received: targets "
+            f"{', '.join(map(str, np.unique(wrong)[:5]))} at {wrong.size} of {numbers.size} tokens"
+        )
+    return jnp.asarray(np.where(outside, -1, numbers), jnp.int32)
+
+
 def chunked_cross_entropy(
     hidden: jax.Array,
     embeddings: jax.Array | Int8Rows | Bfloat16Rows,
     targets: jax.Array,
     weights: jax.Array,
-    chunk_size: int = 64,
+    chunk_size: int | None = None,
     soft_cap: float | None = None,
     train_embeddings: bool = False,
     normalizer: float | None = None,
@@ -295,16 +365,22 @@ def chunked_cross_entropy(
 
     `loss = Σ weights · (logsumexp(logits) - logits[target]) / Σ weights`
 
-    Tokens of weight 0 cost nothing, and at most `chunk_size` × 1,024 logits exist at a time. The gradient with
-    respect to the hidden states is formed in the forward pass, while the logits are there. Sums are float32.
+    Tokens of weight 0 cost nothing and add nothing, whatever their hidden states and targets are (infinite, NaN, -100).
+    At most `chunk_size` × 1,024 logits exist at a time. The gradient with respect to the hidden states is formed in the
+    forward pass, while the logits are there. Sums are float32.
+
+    A token with loss whose target is not in the vocabulary is an error. Inside a compiled program, which cannot raise
+    one, it makes the loss and that token's gradient NaN, and training stops with "The loss is nan".
 
     Args:
         hidden: (..., D), the backbone's output, any float dtype.
         embeddings: (V, D), the tied embedding matrix; or `packed.Int8Rows` or `Bfloat16Rows`, of which 1,024
             rows are decoded at a time.
-        targets: (...) integers in [0, V): the token to be predicted at each position.
+        targets: (...) integers in [0, V): the token to be predicted at each position. Any integer where the weight
+            is 0.
         weights: (...) floats, 0 where a position carries no loss.
-        chunk_size: Integer, tokens whose logits are formed together.
+        chunk_size: Integer, tokens whose logits are formed together. None (the default): what fits the number of
+            positions, `fitting_chunk`; where few of them carry loss, `fitting_chunk` of those is faster.
         soft_cap: Float or None; logits become soft_cap · tanh(logits / soft_cap), as in Gemma 2.
         train_embeddings: If False (the default), the embeddings are taken as frozen and get a zero
             gradient from this loss.
@@ -319,13 +395,14 @@ def chunked_cross_entropy(
         Scalar float32. 0 where all weights are 0.
 
     Raises:
-        ValueError: If shapes disagree or `chunk_size` is below 1.
+        ValueError: If shapes disagree, `chunk_size` is below 1, or `targets` are no integers or hold one outside the
+            vocabulary at a token with loss.
 
     Example:
 
     >>> hidden = jnp.ones((2, 3, 4)); embeddings = jnp.eye(4)
     >>> targets = jnp.zeros((2, 3), "int32")
-    >>> float(chunked_cross_entropy(hidden, embeddings, targets, jnp.ones((2, 3))).round(4))
+    >>> round(float(chunked_cross_entropy(hidden, embeddings, targets, jnp.ones((2, 3)))), 4)
     1.3863
 
     Reference: Wijmans et al. 2024, "Cut Your Losses" (https://arxiv.org/abs/2411.09009), section 4, a loss that never
@@ -334,27 +411,19 @@ def chunked_cross_entropy(
     values. Leaving out blocks is the first paper's gradient filter, which drops what is below 2^-12 in all tokens of a
     tile. Deciding it token by token and keeping the target apart are ours.
     """
-    hidden, targets, weights = map(jnp.asarray, (hidden, targets, weights))
     if not isinstance(embeddings, _PACKED):
         embeddings = jnp.asarray(embeddings)
     elif train_embeddings:
         raise ValueError("Packed embeddings cannot be trained. Received: train_embeddings=True")
-    if chunk_size < 1:
-        raise ValueError(f"`chunk_size` must be at least 1. Received: chunk_size={chunk_size!r}")
-    if hidden.shape[:-1] != targets.shape or targets.shape != weights.shape:
-        raise ValueError(
-            "`targets` and `weights` must have the shape of `hidden` without its last axis. Received: "
-            f"hidden {hidden.shape}, targets {targets.shape}, weights {weights.shape}"
-        )
-    if hidden.shape[-1] != embeddings.shape[-1]:
-        raise ValueError(
-            f"`hidden` and `embeddings` must agree in their last axis. Received: {hidden.shape}, {embeddings.shape}"
-        )
-    weights = weights.reshape(-1).astype(jnp.float32)
+    hidden = jnp.asarray(hidden)
+    _check_shapes(hidden, embeddings, targets, weights)
+    targets = _known_targets(targets, weights, embeddings.shape[0])
+    chunk_size = _checked_size(fitting_chunk(targets.size) if chunk_size is None else chunk_size)
+    weights = jnp.asarray(weights).reshape(-1).astype(jnp.float32)
     total = _summed_loss(
         hidden.reshape(-1, hidden.shape[-1]),
         embeddings,
-        targets.reshape(-1).astype(jnp.int32),
+        targets.reshape(-1),
         weights,
         chunk_size,
         soft_cap,
@@ -364,7 +433,25 @@ def chunked_cross_entropy(
     if normalizer is not None:
         return total / normalizer
     weight = jnp.sum(weights)
-    return jnp.where(weight > 0, total / jnp.where(weight > 0, weight, 1.0), 0.0)
+    return jnp.where(weight == 0, 0.0, total / jnp.where(weight == 0, 1.0, weight))
+
+
+def _checked_size(chunk_size: int) -> int:
+    if chunk_size < 1:
+        raise ValueError(f"`chunk_size` must be at least 1. Received: chunk_size={chunk_size!r}")
+    return chunk_size
+
+
+def _check_shapes(hidden, embeddings, targets, weights) -> None:
+    if hidden.shape[:-1] != np.shape(targets) or np.shape(targets) != np.shape(weights):
+        raise ValueError(
+            "`targets` and `weights` must have the shape of `hidden` without its last axis. Received: "
+            f"hidden {hidden.shape}, targets {np.shape(targets)}, weights {np.shape(weights)}"
+        )
+    if hidden.shape[-1] != embeddings.shape[-1]:
+        raise ValueError(
+            f"`hidden` and `embeddings` must agree in their last axis. Received: {hidden.shape}, {embeddings.shape}"
+        )
 
 
 def token_scores(
@@ -387,7 +474,8 @@ def token_scores(
         entry's logit is larger.
 
     Raises:
-        ValueError: If shapes disagree or `chunk_size` is below 1.
+        ValueError: If shapes disagree, `chunk_size` is below 1, or a target is not in the vocabulary. Inside a compiled
+            program, which cannot raise, such a token's loss is NaN, and its target is not the likeliest.
 
     Example:
 
@@ -395,26 +483,28 @@ def token_scores(
     >>> likeliest.tolist()
     [True, True, False]
     """
-    hidden, embeddings, targets = jax.tree.map(jnp.asarray, (hidden, embeddings, targets))
-    if chunk_size < 1:
-        raise ValueError(f"`chunk_size` must be at least 1. Received: chunk_size={chunk_size!r}")
-    if hidden.ndim != 2 or hidden.shape[:1] != targets.shape or hidden.shape[1] != embeddings.shape[-1]:
+    hidden, embeddings = jax.tree.map(jnp.asarray, (hidden, embeddings))
+    _checked_size(chunk_size)
+    if hidden.ndim != 2 or hidden.shape[:1] != np.shape(targets) or hidden.shape[1] != embeddings.shape[-1]:
         raise ValueError(
             "`hidden` must be (N, D), `targets` (N,) and `embeddings` (V, D). Received: "
-            f"{hidden.shape}, {targets.shape}, {embeddings.shape}"
+            f"{hidden.shape}, {np.shape(targets)}, {embeddings.shape}"
         )
+    targets = _known_targets(targets, np.ones(1), embeddings.shape[0])
     count = hidden.shape[0]
     chunks = max(1, -(-count // chunk_size))
     size = max(1, -(-count // chunks))  # equal ones, with little room to spare
     fill = chunks * size - count
     hidden, embeddings = _factors(hidden, embeddings, _Shortcuts())
-    parts = jnp.pad(hidden, ((0, fill), (0, 0))).reshape(chunks, size, -1), jnp.pad(targets, (0, fill))
+    hidden = jnp.pad(hidden, ((0, fill), (0, 0))).reshape(chunks, size, -1)
+    targets = jnp.pad(targets, (0, fill)).reshape(chunks, size)
 
     def one_chunk(part):
-        chunk = _Chunk(*part, jnp.ones(size, jnp.float32))
+        hidden, targets = part
+        chunk = _Chunk.of(hidden, targets, jnp.ones(size, jnp.float32))
         at_target = _rows_of(embeddings, chunk.targets)
         seen = _over_vocabulary(chunk, embeddings, at_target, soft_cap, False, _Shortcuts())
         return _token_losses(seen)[0], seen.maximum <= seen.target
 
-    losses, likeliest = jax.lax.map(one_chunk, (parts[0], parts[1].reshape(chunks, size)))
+    losses, likeliest = jax.lax.map(one_chunk, (hidden, targets))
     return losses.reshape(-1)[:count], likeliest.reshape(-1)[:count]

@@ -204,17 +204,35 @@ def apply_adapters(
     """
     if adapter_layers(model):
         raise ValueError("The model has adapters already. Call `remove_adapters(model)` first.")
-    places = _places(model, _layer_names(after))
-    wrapped: dict[int, AdaptedLayer] = {}
+    adapted = _adapted(_places(model, _layer_names(after)), bottleneck, activation, init_std, seed)
+    return _with_adapters(model, adapted)
+
+
+def _adapted(places, bottleneck: int, activation, init_std: float = 1e-2, seed: int = 0) -> dict[str, AdaptedLayer]:
+    """`{path: layer with a new adapter}` for `{path: layer}`; the model that holds the layers is not changed."""
+    adapted: dict[str, AdaptedLayer] = {}
     for index, (name, layer) in enumerate(places.items()):
         adapter = BottleneckAdapter(
             bottleneck, activation, init_std, seed + index, name="adapter", dtype=layer.dtype_policy
         )
         adapter.build((None, _width(name, layer)))
-        wrapped[id(layer)] = AdaptedLayer(layer, adapter)
-    for variable in model.variables:
+        adapted[name] = AdaptedLayer(layer, adapter)
+    return adapted
+
+
+def _with_adapters(model: keras.Model, adapted: dict[str, AdaptedLayer]) -> keras.Model:
+    """The model with these adapters, in place of any it has, and everything else frozen."""
+    wrapped = {id(layer.base): layer for layer in adapted.values()}
+    others = list(model.variables)
+
+    def exchange(layer):
+        base = layer.base if isinstance(layer, AdaptedLayer) else layer
+        return wrapped.get(id(base), base)
+
+    model = _swap(model, exchange)
+    for variable in others:
         variable.trainable = False
-    return _swap(model, lambda layer: wrapped.get(id(layer), layer))
+    return model
 
 
 def adapter_layers(model: keras.layers.Layer) -> list[AdaptedLayer]:
@@ -279,10 +297,11 @@ def load(model: keras.Model, path: str | os.PathLike) -> keras.Model:
         The model with adapters: the same object or a new one, as in `apply_adapters`.
 
     Raises:
-        GemmaLoraError: If the file is missing or damaged, or is for another model; nothing is changed then.
+        GemmaLoraError: If the file is missing or damaged, or is for another model. Nothing is changed then: the new
+            adapters are made, with the file's numbers, before the old ones go.
     """
     tensors, metadata = _read(path)
-    bottleneck, after = int(metadata["bottleneck"]), json.loads(metadata["after"])
+    bottleneck, activation, after = _settings(path, metadata)
     try:
         places = _places(model, after)
     except ValueError as error:
@@ -299,11 +318,11 @@ def load(model: keras.Model, path: str | os.PathLike) -> keras.Model:
             f"{path}: the adapters are for another model: {name} needs shape {shapes.get(name, 'none')}, the file has "
             f"{found.get(name, 'none')}."
         )
-    model = apply_adapters(remove_adapters(model), bottleneck, after, metadata["activation"])
-    for layer in adapter_layers(model):
+    adapted = _adapted(places, bottleneck, activation)
+    for name, layer in adapted.items():
         for weight in _WEIGHTS:
-            getattr(layer.adapter, weight).assign(tensors[f"{_place_name(model, layer.base)}/{weight}"])
-    return model
+            getattr(layer.adapter, weight).assign(tensors[f"{name}/{weight}"])
+    return _with_adapters(model, adapted)
 
 
 def _read(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -315,12 +334,35 @@ def _read(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, str
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError) as error:
         raise GemmaLoraError(f"{path}: cannot be read ({error}). Save the adapters again.") from error
     if metadata.get("format") != _FORMAT:
         raise GemmaLoraError(f"{path}: holds no adapters of this version (format {metadata.get('format')!r}).")
+    for name, tensor in tensors.items():
+        if not np.isfinite(tensor).all():
+            raise GemmaLoraError(f"{path}: {name} holds numbers that are not finite.")
     return tensors, metadata
+
+
+def _settings(path: str | os.PathLike, metadata: dict[str, str]) -> tuple[int, str, list[str]]:
+    """`(bottleneck, activation, after)` of a file's metadata, each checked."""
+    bottleneck, activation, after = (metadata.get(name) for name in ("bottleneck", "activation", "after"))
+    if bottleneck is None or not (bottleneck.isascii() and bottleneck.isdigit()) or int(bottleneck) < 1:
+        raise GemmaLoraError(f"{path}: bottleneck must be an integer of at least 1. Received: {bottleneck!r}")
+    try:
+        known = activation is not None and callable(keras.activations.get(activation))
+    except ValueError:
+        known = False
+    if activation is None or not known:
+        raise GemmaLoraError(f"{path}: activation must be a name that Keras knows. Received: {activation!r}")
+    try:
+        names = json.loads(after or "")
+    except ValueError:
+        names = None
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise GemmaLoraError(f"{path}: after must be a list of layers' names. Received: {after!r}")
+    return int(bottleneck), activation, names
 
 
 # --- finding and swapping layers ---------------------------------------------------------------------------
@@ -379,11 +421,22 @@ def _width(name: str, layer: keras.layers.Layer) -> int:
 
 
 def _swap(model: keras.Model, exchange: Any) -> keras.Model:
-    """Puts `exchange(layer)` in each layer's place and returns the model, a new one if its graph had to change."""
-    for parent, attribute, layer in _held(model):
-        if (new := exchange(layer)) is not layer:
-            replace(parent, attribute, new)
-    forget_programs(model)
-    if any(exchange(layer) is not layer for layer in _in_graph(model)):
-        return keras.models.clone_model(model, clone_function=exchange)
+    """Puts `exchange(layer)` in each layer's place and returns the model, a new one if its graph had to change.
+
+    An error on the way puts back what was exchanged.
+    """
+    done = []
+    try:
+        for parent, attribute, layer in _held(model):
+            if (new := exchange(layer)) is not layer:
+                done.append((parent, attribute, layer))
+                replace(parent, attribute, new)
+        forget_programs(model)
+        if any(exchange(layer) is not layer for layer in _in_graph(model)):
+            return keras.models.clone_model(model, clone_function=exchange)
+    except BaseException:
+        for parent, attribute, layer in done:
+            if getattr(parent, attribute) is not layer:  # the last one may not have been exchanged yet
+                replace(parent, attribute, layer)
+        raise
     return model

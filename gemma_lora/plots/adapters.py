@@ -62,8 +62,12 @@ def adapted_block():
     ax.annotate("", (25.4, 0), (0, 0), arrowprops=_ARROW | {"linewidth": 3, "color": ACCENT})
     ax.text(0, -0.3, "residual stream (T, D)", color=ACCENT, va="top")
     for left, name in ((0.8, "attention,\nprojection"), (13.1, "MLP,\nprojection")):
-        stops = ((0.5, 1.5, "norm", "white"), (2.4, 3.1, name, "#dddddd"), (5.9, 2.4, "adapter", "#9fc5e8"))
-        stops += ((8.7, 1.5, "post-\nnorm", "white"),)
+        stops = (
+            (0.5, 1.5, "norm", "white"),
+            (2.4, 3.1, name, "#dddddd"),
+            (5.9, 2.4, "adapter", "#9fc5e8"),
+            (8.7, 1.5, "post-\nnorm", "white"),
+        )
         ax.plot([left, left], [0, 2.2], color=INK, linewidth=1.4)
         ax.plot([left, left + 10.9], [2.2, 2.2], color=INK, linewidth=1.4, zorder=0)
         ax.annotate("", (left + 10.9, 0.3), (left + 10.9, 2.2), arrowprops=_ARROW)

@@ -24,8 +24,7 @@ def explore(draw: Callable[..., Any], alt: str, start: dict[str, Any] | None = N
 
     Example:
 
-    >>> explore(lambda rank: pictures({f"rank {rank}": parts[rank]}), alt="Stripes.", rank=range(1, 9))  # doctest:
-    +SKIP
+    >>> explore(lambda rank: draw(parts[rank]), alt="Stripes.", rank=range(1, 9))  # doctest: +SKIP
     """
     import ipywidgets
     from IPython.display import display

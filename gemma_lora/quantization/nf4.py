@@ -202,9 +202,9 @@ def dequantize(tensor: NF4Tensor) -> np.ndarray:
 def _checked(x: Any, block_size: int) -> np.ndarray:
     x = np.asarray(x, dtype=np.float32)
     if x.ndim == 0 or not x.size:
-        raise ValueError(f"x: expected an array of rank 1 or more that is not empty, got shape {x.shape}")
+        raise ValueError(f"`x` must be an array of rank 1 or more that is not empty. Received: x of shape {x.shape}")
     if not np.isfinite(x).all():
-        raise ValueError("x: expected finite numbers, got infinity or NaN")
+        raise ValueError("`x` must hold finite numbers. Received: infinity or NaN")
     if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 2 or block_size % 2:
-        raise ValueError(f"block_size: expected an even integer of 2 or more, got {block_size!r}")
+        raise ValueError(f"`block_size` must be an even integer of 2 or more. Received: block_size={block_size!r}")
     return x

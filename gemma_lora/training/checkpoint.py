@@ -80,13 +80,27 @@ def load(folder: str | os.PathLike) -> Checkpoint | None:
             metadata = file.metadata() or {}
             if metadata.get("format") != _FORMAT:
                 raise ValueError(f"format {metadata.get('format')!r}")
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        return Checkpoint(int(metadata["step"]), json.loads(metadata["settings"]), json.loads(metadata["log"]), arrays)
+            arrays = {name: file.get_tensor(name) for name in file.keys()}
+        found = Checkpoint(int(metadata["step"]), json.loads(metadata["settings"]), json.loads(metadata["log"]), arrays)
+        _check(found)
+        return found
     except (SafetensorError, ValueError, KeyError, OSError) as error:
         raise GemmaLoraError(
             f"{path}: not a checkpoint of this version ({error}). "
             "Delete it to begin anew, or choose another run folder."
         ) from error
+
+
+def _check(found: Checkpoint) -> None:
+    """Checks a file's values before anything of it reaches a model."""
+    if not isinstance(found.settings, dict):
+        raise ValueError(f"settings are no object: {found.settings!r}")
+    if not isinstance(found.log, list) or not all(isinstance(row, dict) for row in found.log):
+        raise ValueError("the log is no list of rows")
+    if found.step < 0:
+        raise ValueError(f"step {found.step}")
+    if wrong := [name for name, array in found.arrays.items() if not np.isfinite(array).all()]:
+        raise ValueError(f"{wrong[0]} holds numbers that are not finite")
 
 
 def changed_settings(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

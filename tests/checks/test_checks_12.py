@@ -69,7 +69,7 @@ RIGHT = {
 
 
 def broken_step(weights, velocity, gradient, rate, momentum):
-    momentum * velocity + gradient  # noqa: B018 - the exercise's own slip
+    momentum * velocity + gradient
     return weights - rate * gradient, velocity
 
 

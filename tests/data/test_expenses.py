@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("babel")
-from babel import Locale  # noqa: E402
-from babel.numbers import get_currency_precision  # noqa: E402
+from babel import Locale
+from babel.numbers import get_currency_precision
 
-FOLDER = Path(__file__).resolve().parent.parent / "data" / "expenses"
+FOLDER = Path(__file__).resolve().parents[2] / "data" / "expenses"
 COUNTS = {
     "train": 6000,
     "validation": 300,

@@ -1,6 +1,7 @@
 """PEFT folders: written as PEFT writes them, read back, and refused with a reason."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from safetensors.numpy import load_file, save_file
 from gemma_lora import lora
 from gemma_lora.base.files import GemmaLoraError
 from gemma_lora.data.templates import Template
+from gemma_lora.exchange import peft
 from gemma_lora.exchange.peft import load_adapter, save_adapter
 from tests.conftest import tiny_gemma
 
@@ -101,15 +103,19 @@ def test_a_dora_adapter_may_have_trained_the_magnitudes_only(tmp_path, gemma):
     np.testing.assert_allclose(load_adapter(tiny_gemma(), tmp_path).backbone(INPUTS), expected, atol=1e-5)
 
 
-def folder(tmp_path, model, dora=False):
-    save_adapter(trained(model, dora=dora), tmp_path)
-    lora.detach_lora(model)
-    return tmp_path
-
-
 def edit_config(path, **changes):
     config = json.loads((path / "adapter_config.json").read_text()) | changes
     (path / "adapter_config.json").write_text(json.dumps(config))
+
+
+def write_config(path, text):
+    (path / "adapter_config.json").write_text(text)
+
+
+def edit_text(path, old, new):
+    text = (path / "adapter_config.json").read_text()
+    assert text.count(old) == 1
+    write_config(path, text.replace(old, new))
 
 
 def edit_tensors(path, change):
@@ -130,6 +136,36 @@ SPOILERS = {
     "changes nothing": lambda p: edit_tensors(p, lambda t: {k: v * ("lora_A" in k) for k, v in t.items()}),
     "lacks lora_A. Save": lambda p: edit_tensors(p, lambda t: dict(list(t.items())[1:])),
     "neither lora_A nor lora_B": lambda p: edit_tensors(p, lambda t: t | {"x.bias": np.ones(2, "float32")}),
+    "must hold an object, PEFT's LoraConfig. Received: list": lambda p: write_config(p, "[]"),
+    "Received: NoneType": lambda p: write_config(p, "null"),
+    "lora_alpha must be a number that is finite in float32. Received: inf": lambda p: edit_text(p, "6.0", "1e400"),
+    "finite in float32. Received: nan": lambda p: edit_config(p, lora_alpha=float("nan")),
+    "finite in float32. Received: 1e[+]300": lambda p: edit_config(p, lora_alpha=1e300),
+    "finite in float32. Received: 1000": lambda p: edit_config(p, lora_alpha=10**400),
+    "finite in float32. Received: True": lambda p: edit_config(p, lora_alpha=True),
+    "finite in float32. Received: '6'": lambda p: edit_config(p, lora_alpha="6"),
+    "lora_alpha is 0": lambda p: edit_config(p, lora_alpha=0),
+    "lora_dropout must be a number in .0, 1.. Received: None": lambda p: edit_config(p, lora_dropout=None),
+    "lora_dropout must be .* Received: 1": lambda p: edit_config(p, lora_dropout=1),
+    "lora_dropout must be .* Received: -0.1": lambda p: edit_config(p, lora_dropout=-0.1),
+    "lora_dropout must be .* Received: nan": lambda p: edit_config(p, lora_dropout=float("nan")),
+    "lora_dropout must be .* Received: False": lambda p: edit_config(p, lora_dropout=False),
+    "r must be an integer of at least 1. Received: 0": lambda p: edit_config(p, r=0),
+    "r must be .* Received: None": lambda p: edit_config(p, r=None),
+    "r must be .* Received: 3.0": lambda p: edit_config(p, r=3.0),
+    "r must be .* Received: True": lambda p: edit_config(p, r=True),
+    "has lora_A of rank 3, but adapter_config.json has r = 4": lambda p: edit_config(p, r=4),
+    "use_rslora must be true or false. Received: 'no'": lambda p: edit_config(p, use_rslora="no"),
+    "use_dora must be true or false. Received: 0": lambda p: edit_config(p, use_dora=0),
+    "init_lora_weights is 'pissa', which is not supported": lambda p: edit_config(p, init_lora_weights="pissa"),
+    "alora_invocation_tokens is .1, 2.": lambda p: edit_config(p, alora_invocation_tokens=[1, 2]),
+    "not finite": lambda p: edit_tensors(
+        p, lambda t: {k: v * (np.inf if "1.mlp.up" in k else 1) for k, v in t.items()}
+    ),
+    "holds lora_A of .* twice": lambda p: edit_tensors(
+        p, lambda t: t | {k.replace("model.model.", "model.model.language_model."): v for k, v in t.items()}
+    ),
+    "not a template": lambda p: (p / "template.json").write_text('{"prompt": 1}'),
 }
 
 
@@ -143,15 +179,87 @@ DORA_SPOILERS = {
 }
 
 
+def state_of(model):
+    """Everything that a refused adapter must leave alone."""
+    return {
+        "layers": [id(layer) for layer in model._flatten_layers()],
+        "activations": [getattr(layer, "activation", None) for layer in model._flatten_layers()],
+        "variables": [id(variable) for variable in model.variables],
+        "trainable": [variable.trainable for variable in model.variables],
+        "values": [np.asarray(variable.value).tobytes() for variable in model.variables],
+        "template": getattr(model, "gemma_lora_template", None),
+        "outputs": np.asarray(model.backbone(INPUTS)).tobytes(),
+    }
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A LoRA's folder and a DoRA's."""
+    found = {}
+    for dora in (False, True):
+        found[dora] = tmp_path_factory.mktemp(f"dora_{dora}")
+        save_adapter(trained(tiny_gemma(), dora=dora), found[dora])
+    return found
+
+
+@pytest.fixture(scope="module")
+def with_lora():
+    """A model with LoRA and a template, which every refusal must leave as it is."""
+    model = lora.apply_lora(tiny_gemma(), rank=2, alpha=6, targets=("query", "down"), dropout=0.5)
+    for layer in lora.lora_layers(model):
+        layer.lora_b.assign(np.full(layer.lora_b.shape, 0.1))
+    model.gemma_lora_template = Template("Q: {prompt}", "{response}<eos>")
+    return model
+
+
 @pytest.mark.parametrize("message", [*SPOILERS, *DORA_SPOILERS])
-def test_a_bad_folder_is_refused_and_the_model_unchanged(tmp_path, gemma, message):
-    path = folder(tmp_path, gemma, dora=message in DORA_SPOILERS)
-    before = np.asarray(gemma.backbone(INPUTS))
+def test_a_bad_folder_is_refused_and_the_model_unchanged(tmp_path, folders, with_lora, message):
+    path = shutil.copytree(folders[message in DORA_SPOILERS], tmp_path / "adapter")
+    before = state_of(with_lora)
     (SPOILERS | DORA_SPOILERS)[message](path)
     with pytest.raises(GemmaLoraError, match=message):
+        load_adapter(with_lora, path)
+    assert state_of(with_lora) == before
+    assert len(lora.lora_layers(with_lora)) == 4
+
+
+def test_a_bad_folder_gives_a_model_without_lora_none(folders, gemma, tmp_path):
+    path = shutil.copytree(folders[False], tmp_path / "adapter")
+    edit_config(path, lora_dropout=None)
+    for variable in gemma.variables[::2]:
+        variable.trainable = False
+    before = state_of(gemma)
+    with pytest.raises(GemmaLoraError, match="lora_dropout"):
         load_adapter(gemma, path)
-    np.testing.assert_array_equal(gemma.backbone(INPUTS), before)
-    assert not lora.lora_layers(gemma)
+    assert state_of(gemma) == before
+
+
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_a_load_that_is_cut_short_is_undone(monkeypatch, folders, with_lora, error):
+    before, made = state_of(with_lora), []
+    real = peft._new_layer
+
+    def cut_short(*arguments):
+        if len(made) == 4:
+            raise error
+        made.append(real(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(peft, "_new_layer", cut_short)
+    with pytest.raises(error):
+        load_adapter(with_lora, folders[False])
+    assert len(made) == 4 and state_of(with_lora) == before
+
+
+def test_what_a_configuration_leaves_out_is_pefts_default(folders, tmp_path):
+    path = shutil.copytree(folders[False], tmp_path / "adapter")
+    write_config(path, '{"peft_type": "LORA", "lora_alpha": 6}')
+    expected = np.asarray(load_adapter(tiny_gemma(), folders[False]).backbone(INPUTS))
+    model = load_adapter(tiny_gemma(), path)
+    np.testing.assert_array_equal(model.backbone(INPUTS), expected)
+    assert {(layer.rank, layer.dropout_rate, layer.rslora, layer.dora) for layer in lora.lora_layers(model)} == {
+        (3, 0.0, False, False)
+    }
 
 
 def test_a_model_without_lora_is_not_saved(tmp_path):

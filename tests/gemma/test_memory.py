@@ -141,3 +141,10 @@ def test_the_sum_is_within_15_percent_of_the_measured_peak(name):
 
 def test_peaks_were_measured():
     assert len(RESULTS) >= 6
+
+
+def test_a_target_named_twice_counts_once():
+    configuration = GEMMA_270M
+    once = memory.lora_parameters(configuration, 4, ("query", "down"))
+    assert memory.lora_parameters(configuration, 4, ("down", "query", "down")) == once
+    assert memory.target_names(configuration, ["down", "query", "down"]) == ("query", "down")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gemma_lora.layers import loss
-from gemma_lora.layers.loss import chunked_cross_entropy, token_scores
+from gemma_lora.layers.loss import chunked_cross_entropy, fitting_chunk, token_scores
 from gemma_lora.quantization.packed import Bfloat16Rows, Int8Rows
 
 
@@ -71,6 +71,169 @@ def test_no_weight_at_all_is_zero_with_zero_gradient():
     hidden, embeddings, targets, weights = problem(2, masked_rows=(0, 1, 2))
     value, gradient = jax.value_and_grad(chunked_cross_entropy)(hidden, embeddings, targets, weights)
     assert value == 0 and not np.any(gradient)
+
+
+WAYS = {
+    "plain": {},
+    "mixed": {"mixed_precision": True},
+    "filtered": {"filter_gradient": True},
+    "trained": {"train_embeddings": True},
+    "trained in mixed precision": {"train_embeddings": True, "mixed_precision": True},
+    "soft cap": {"soft_cap": 5.0},
+    "normalizer": {"normalizer": 7.0},
+}
+
+
+def hidden_and_embedding_gradients(hidden, embeddings, targets, weights, **named):
+    """`(loss, gradients)`; packed embeddings have no gradient."""
+    which = (0, 1) if isinstance(embeddings, jax.Array) else (0,)
+
+    def both(hidden, embeddings, targets, weights):
+        return chunked_cross_entropy(hidden, embeddings, targets, weights, **named)
+
+    return jax.jit(jax.value_and_grad(both, which))(hidden, embeddings, targets, weights)
+
+
+@pytest.mark.parametrize(
+    "way, table", [*((way, jnp.asarray) for way in WAYS), ("plain", Int8Rows.of), ("mixed", Bfloat16Rows.of)]
+)
+def test_a_masked_token_adds_nothing_whatever_it_holds(monkeypatch, way, table):
+    monkeypatch.setattr(loss, "_BLOCK", 16)
+    named = WAYS[way] | {"chunk_size": 4}
+    hidden, embeddings, targets, weights = problem(1, masked_rows=(1,))
+    embeddings = table(embeddings)
+    masked = np.asarray(weights) == 0
+    assert masked.any() and (~masked).sum() % 4  # the last chunk has masked tokens too
+    expected = hidden_and_embedding_gradients(hidden, embeddings, targets, weights, **named)
+    spoilt, wild = np.array(hidden), np.array(targets)
+    spoilt[masked] = np.resize([-np.inf, np.inf, np.nan, 1e38], (masked.sum(), 1))
+    wild[masked] = np.resize([-100, 50, 2**31 - 1, -1], masked.sum())
+    found = hidden_and_embedding_gradients(jnp.asarray(spoilt), embeddings, wild, weights, **named)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    d_hidden = np.asarray(jax.tree.leaves(found)[1])
+    assert np.isfinite(d_hidden).all() and not d_hidden[masked].any() and d_hidden[~masked].any()
+
+
+@pytest.mark.parametrize("way", ["plain", "filtered", "trained in mixed precision", "normalizer"])
+def test_all_tokens_masked_is_zero_with_zero_gradients(way):
+    hidden, embeddings, targets, weights = problem(2, masked_rows=(0, 1, 2))
+    value, gradients = hidden_and_embedding_gradients(
+        jnp.full_like(hidden, -jnp.inf), embeddings, targets - 100, weights, **WAYS[way]
+    )
+    assert value == 0 and not any(np.any(gradient) for gradient in gradients)
+
+
+def test_gradients_with_spoilt_masked_tokens_are_the_finite_differences():
+    """Of a plain log-softmax over the tokens that count, in float64."""
+    hidden, embeddings, targets, weights = problem(3)
+    counted = np.asarray(weights) != 0
+    spoilt = jnp.where(counted[..., None], hidden, -jnp.inf)
+    _, gradients = hidden_and_embedding_gradients(spoilt, embeddings, targets, weights, train_embeddings=True)
+
+    def plain(hidden, embeddings):
+        logits = hidden @ embeddings.T
+        chosen = np.take_along_axis(logits, np.asarray(targets)[counted][:, None], axis=1)[:, 0]
+        losses = np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1)) + logits.max(1) - chosen
+        return losses @ np.asarray(weights, "float64")[counted] / np.asarray(weights, "float64").sum()
+
+    at = [np.asarray(hidden, "float64")[counted], np.asarray(embeddings, "float64")]
+    rng, step = np.random.default_rng(5), 1e-6
+    ours = [np.asarray(gradients[0])[counted], np.asarray(gradients[1])]
+    for which in (0, 1):
+        direction = rng.normal(size=at[which].shape)
+        ahead, behind = list(at), list(at)
+        ahead[which], behind[which] = at[which] + step * direction, at[which] - step * direction
+        difference = (plain(*ahead) - plain(*behind)) / (2 * step)
+        np.testing.assert_allclose(np.sum(ours[which] * direction), difference, rtol=1e-4)
+
+
+@pytest.mark.parametrize("wrong", [50, -1, -100, 2**31 - 1, 2**32 + 5])
+def test_a_target_outside_the_vocabulary_is_an_error(wrong):
+    hidden, embeddings, targets, weights = problem(1)
+    targets = np.asarray(targets, "int64")
+    place = tuple(np.argwhere(np.asarray(weights))[0])
+    targets[place] = wrong
+    for arguments in ((targets, weights), (targets.tolist(), np.asarray(weights).tolist())):
+        with pytest.raises(ValueError, match=rf"`targets` must be in \[0, 50\).* targets {wrong} at 1 of 51"):
+            chunked_cross_entropy(hidden, embeddings, *arguments)
+    with pytest.raises(ValueError, match=rf"\[0, 50\).* targets {wrong} at"):
+        token_scores(hidden.reshape(-1, 8), embeddings, targets.reshape(-1))
+    with pytest.raises(ValueError, match="`targets`"):  # constants of a compiled program
+        jax.jit(lambda h: chunked_cross_entropy(h, embeddings, targets, weights))(hidden)
+
+
+@pytest.mark.parametrize(
+    "way, dtype, wrong",
+    [
+        ("plain", "int32", 50),
+        ("mixed", "int32", -1),
+        ("filtered", "uint8", 255),
+        ("soft cap", "int16", -100),
+        ("normalizer", "uint32", 50),
+    ],
+)
+def test_a_compiled_program_makes_the_loss_of_such_a_target_nan(way, dtype, wrong):
+    hidden, embeddings, targets, weights = problem(1)
+    targets = np.array(targets, dtype)
+    compute = jax.jit(
+        lambda h, t, w: jax.value_and_grad(lambda h: chunked_cross_entropy(h, embeddings, t, w, 8, **WAYS[way]))(h)
+    )
+    fine, _ = compute(hidden, targets, weights)
+    assert np.isfinite(fine)
+    counted = np.argwhere(np.asarray(weights))
+    masked = np.argwhere(np.asarray(weights) == 0)
+    targets[tuple(masked[0])] = wrong
+    assert compute(hidden, targets, weights)[0] == fine
+    targets[tuple(counted[-1])] = wrong
+    value, gradient = compute(hidden, targets, weights)
+    assert np.isnan(value)
+    spoilt = np.isnan(np.asarray(gradient)).any(-1)
+    np.testing.assert_array_equal(np.argwhere(spoilt), counted[-1:])  # and that token's gradient, no other's
+
+
+def test_traced_token_scores_of_such_a_target_are_nan():
+    hidden, embeddings, targets, _ = problem(4)
+    hidden, targets = hidden.reshape(-1, 8), np.array(targets).reshape(-1)
+    losses, likeliest = token_scores(hidden, embeddings, targets)
+    targets[[3, 9]] = 50, -1
+    found, found_likeliest = jax.jit(token_scores)(hidden, embeddings, targets)
+    expected = np.array(losses)
+    expected[[3, 9]] = np.nan
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert not found_likeliest[3] and not found_likeliest[9]
+    np.testing.assert_array_equal(np.delete(found_likeliest, [3, 9]), np.delete(likeliest, [3, 9]))
+
+
+def test_a_weight_that_is_nan_is_not_a_loss_of_zero():
+    hidden, embeddings, targets, weights = problem(1)
+    assert np.isnan(chunked_cross_entropy(hidden, embeddings, targets, weights.at[0, 0].set(jnp.nan)))
+
+
+def test_targets_that_are_no_integers_are_refused():
+    hidden, embeddings, targets, weights = problem()
+    with pytest.raises(ValueError, match="`targets` must be integers. Received: targets of dtype float32"):
+        chunked_cross_entropy(hidden, embeddings, targets + 0.5, weights)
+
+
+def test_fitting_chunks_are_the_fewest_of_at_most_256_and_equal():
+    for tokens in range(1, 1100):
+        size = fitting_chunk(tokens)
+        chunks = -(-tokens // size)
+        assert size % 16 == 0 and 16 <= size <= 256
+        assert chunks == -(-tokens // 256)
+        assert size == 16 or -(-tokens // (size - 16)) > chunks  # a smaller multiple would need one more
+    assert fitting_chunk(0) == 16
+    with pytest.raises(ValueError, match="`tokens` must be at least 0. Received: tokens=-1"):
+        fitting_chunk(-1)
+
+
+def test_no_chunk_size_is_the_one_that_fits_all_positions(monkeypatch):
+    arguments = problem(1)
+    asked = []
+    monkeypatch.setattr(loss, "fitting_chunk", lambda tokens: asked.append(tokens) or 16)
+    for by_default in (chunked_cross_entropy(*arguments), chunked_cross_entropy(*arguments, chunk_size=None)):
+        assert by_default == chunked_cross_entropy(*arguments, chunk_size=16)
+    assert asked == [51, 51]
 
 
 def test_frozen_embeddings_get_no_gradient():

@@ -1,5 +1,7 @@
 """Bottleneck adapters against numpy, a plain Keras model and blocks put together by hand, for every Gemma."""
 
+import contextlib
+
 import keras
 import numpy as np
 import pytest
@@ -442,6 +444,75 @@ def test_a_file_of_another_width_or_with_a_tensor_missing_is_refused(tmp_path, g
         save_file(wrong, path, metadata)
         with pytest.raises(GemmaLoraError, match="decoder_block_0/ffw_linear/up_bias"):
             adapters.load(gemma, path)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"activation": "gulu"}, "activation must be a name that Keras knows. Received: 'gulu'"),
+        ({"activation": None}, "activation must be .* Received: None"),
+        ({"bottleneck": "three"}, "bottleneck must be an integer of at least 1. Received: 'three'"),
+        ({"bottleneck": "0"}, "bottleneck must be"),
+        ({"bottleneck": "-3"}, "bottleneck must be"),
+        ({"bottleneck": None}, "bottleneck must be .* Received: None"),
+        ({"after": '"down"'}, "after must be a list of layers' names"),
+        ({"after": "[1]"}, "after must be a list"),
+        ({"after": "[]"}, "after must be a list"),
+        ({"after": "{"}, "after must be a list"),
+        ({"after": None}, "after must be a list"),
+    ],
+)
+def test_metadata_that_says_nothing_sensible_is_refused_before_the_adapters_go(tmp_path, change, said):
+    path = tmp_path / "task.safetensors"
+    model = filled(adapters.apply_adapters(plain_model(), 3, "second"))
+    adapters.save(model, path)
+    tensors, metadata = load_file(path), adapters._read(path)[1]
+    save_file(tensors, path, {name: value for name, value in (metadata | change).items() if value is not None})
+    with unchanged(model), pytest.raises(GemmaLoraError, match=said):
+        adapters.load(model, path)
+
+
+def test_numbers_that_are_not_finite_are_refused(tmp_path):
+    path = tmp_path / "task.safetensors"
+    model = filled(adapters.apply_adapters(plain_model(), 3, "second"))
+    adapters.save(model, path)
+    metadata = adapters._read(path)[1]
+    save_file({name: tensor * np.float32(np.nan) for name, tensor in load_file(path).items()}, path, metadata)
+    with unchanged(model), pytest.raises(GemmaLoraError, match="not finite"):
+        adapters.load(model, path)
+
+
+def test_a_load_that_is_cut_short_is_undone(tmp_path, gemma, monkeypatch):
+    path = tmp_path / "task.safetensors"
+    adapters.save(filled(adapters.apply_adapters(tiny_gemma(), 3)), path)
+    filled(adapters.apply_adapters(gemma, 2, "query"))
+    replace, done = lora._replace, []
+
+    def cut_short(*arguments):
+        done.append(arguments)
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        replace(*arguments)
+
+    monkeypatch.setattr(lora, "_replace", cut_short)
+    with unchanged(gemma), pytest.raises(KeyboardInterrupt):
+        adapters.load(gemma, path)
+    assert len(done) > 3
+
+
+@contextlib.contextmanager
+def unchanged(model):
+    """Holds that layers, variables, their values and their flags are afterwards what they were before."""
+
+    def state():
+        return (
+            [id(layer) for layer in model._flatten_layers()],
+            [(id(v), v.trainable, np.asarray(v.value).tobytes()) for v in model.variables],
+        )
+
+    before = state()
+    yield
+    assert state() == before
 
 
 def test_a_function_without_a_name_is_not_saved(tmp_path):

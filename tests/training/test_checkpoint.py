@@ -124,7 +124,7 @@ else:
 
 def killed(folder, where, step):
     command = [sys.executable, "-c", KILLED, str(folder), where, str(step)]
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     return subprocess.run(command, cwd=root, env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True).returncode
 
 
@@ -226,6 +226,22 @@ def test_a_damaged_checkpoint_is_named(tmp_path, content):
     else:
         (tmp_path / checkpoint.FILE).write_bytes(content)
     with pytest.raises(GemmaLoraError, match=f"{checkpoint.FILE}: not a checkpoint"):
+        checkpoint.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"step": -1}, "step -1"),
+        ({"settings": ["rank"]}, "settings are no object"),
+        ({"log": {"step": 1}}, "the log is no list of rows"),
+        ({"log": [1]}, "the log is no list of rows"),
+        ({"arrays": STATE.arrays | {"optimizer.0": np.array([1.0, np.nan])}}, "optimizer.0 holds numbers that are not"),
+    ],
+)
+def test_a_checkpoint_that_says_nothing_sensible_is_refused(tmp_path, change, said):
+    checkpoint.save(tmp_path, dataclasses.replace(STATE, **change))
+    with pytest.raises(GemmaLoraError, match=f"not a checkpoint of this version .{said}"):
         checkpoint.load(tmp_path)
 
 
