@@ -4,6 +4,7 @@ from gemma_lora.base.lazy import lazy_names
 
 _MODULES: dict[str, list[str]] = {
     "gguf": ["read_index", "read_tensor"],
+    "instruction": ["is_instruction_tuned"],
     "load": [
         "BUILTIN_NAME",
         "BUILTIN_FILE",
@@ -12,6 +13,7 @@ _MODULES: dict[str, list[str]] = {
         "BUILTIN_NOTE",
         "import_keras_hub",
         "load_gemma",
+        "require_source",
         "builtin_gguf",
     ],
     "memory": ["CONFIGURATIONS", "Configuration", "configuration_of", "plan"],
