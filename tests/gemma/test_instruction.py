@@ -20,6 +20,8 @@ CHAT = {"tokenizer.chat_template": "{{ bos_token }}<start_of_turn>"}
         ("hf://google/gemma-3-1b-pt", None, False),
         ("kaggle://keras/gemma2/keras/gemma2_instruct_2b_en/1", None, True),
         ("runs/mine", None, False),
+        ("gemma3_orbit", None, False),
+        ("gemma3-italian", None, False),
         ("models/gemma-3-1b-it", None, True),
         ("bits/withit/gemma.gguf", {}, False),
         ("it/gemma.gguf", {}, False),  # a folder above says nothing about the file
