@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, get_type_hints
 
 import typer
 from rich.console import Console
@@ -13,6 +16,7 @@ from rich.text import Text
 
 from gemma_lora.base.files import GemmaLoraError, require_writable, write_json_atomic, write_jsonl_atomic
 from gemma_lora.base.hardware import keep_freed_memory
+from gemma_lora.base.settings import FIELDS, MOST_NEW_TOKENS, Settings, check
 
 app = typer.Typer(
     add_completion=False,
@@ -22,57 +26,74 @@ app = typer.Typer(
     help="Fine-tune Gemma with LoRA in Keras, on a laptop or an accelerator.",
 )
 
+
+# --- options made from settings ----------------------------------------------------------------------------
+
+
+def _option(name: str) -> inspect.Parameter:
+    """A command's parameter for a field of `Settings`: its type, default, bounds and help are the field's."""
+    field = FIELDS[name]
+    hint: Any = str if name == "targets" else get_type_hints(Settings)[name]  # several names come in one word
+    declared = [_dashed(name)] if field.metadata.get("flag") else []
+    bounds = {bound: field.metadata[bound] for bound in ("min", "max") if bound in field.metadata}
+    option = typer.Option(*declared, help=field.metadata["help"], **bounds)
+    annotation = Annotated[hint, option]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=annotation)
+
+
+def _dashed(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _takes(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command the options of these settings, which come to it, checked, as `**chosen`.
+
+    They stand after its own positional parameters and before those by keyword only.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(command, eval_str=True).parameters.values()
+        first = [p for p in own if p.kind is p.POSITIONAL_OR_KEYWORD]
+        last = [p for p in own if p.kind is p.KEYWORD_ONLY]
+
+        def checked(**given: Any) -> None:
+            try:
+                settings = check(**{name: given.pop(name) for name in names})
+            except ValueError as error:  # which names settings as Python does
+                raise GemmaLoraError(_as_options(str(error))) from None
+            command(**given, **settings)
+
+        parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in first] + [_option(name) for name in names] + last
+        checked.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        checked.__annotations__ = {p.name: p.annotation for p in parameters}
+        checked.__name__, checked.__doc__ = command.__name__, command.__doc__
+        return checked
+
+    return decorate
+
+
+def _as_options(text: str) -> str:
+    """A message with `row_length` written as --row-length."""
+    return re.sub("`([a-z_]+)`", lambda m: _dashed(m[1]) if m[1] in FIELDS else m[0], text)
+
+
+_OFFERED = [name for name, field in FIELDS.items() if field.metadata.get("option", True)]
+_MODEL = ("model", "quantization", "double_quant")
 _ADAPTER = typer.Option(help="Adapter folder (PEFT): adapter_config.json and adapter_model.safetensors.")
-_MODEL = typer.Option(help="gemma3-270m, a .gguf file, a KerasHub preset name, hf://owner/name, or a preset folder.")
-_Quantization = Literal["nf4", "int8", "int4", "gguf"]
-_QUANTIZATION = typer.Option(help="QLoRA: what the frozen weights are kept in; gguf keeps a GGUF file's own blocks.")
-_DOUBLE_QUANT = typer.Option("--double-quant", help="With nf4: its scales in 8 bits too.")
+
+
+# --- the commands ------------------------------------------------------------------------------------------
 
 
 @app.command(
     epilog="Example: `gemma-lora finetune --data my.jsonl --run-dir runs/mine`  \n"
     "QLoRA: `gemma-lora finetune --data my.jsonl --run-dir runs/small --quantization nf4 --double-quant --remat`"
 )
+@_takes(*_OFFERED)
 def finetune(
-    data: Annotated[
-        str, typer.Option(help="A dataset folder, or a JSONL file (prompt/response, Alpaca, ShareGPT, chat).")
-    ] = "data/expenses",
-    run_dir: Annotated[str, typer.Option(help="Where adapter, settings, metrics and report go.")] = "runs/expenses",
-    model: Annotated[str, _MODEL] = "gemma3-270m",
-    quantization: Annotated[_Quantization | None, _QUANTIZATION] = None,
-    double_quant: Annotated[bool, _DOUBLE_QUANT] = False,
-    rank: Annotated[int, typer.Option(min=1, help="Rank of the update.")] = 16,
-    alpha: Annotated[float | None, typer.Option(help="Scaling is alpha/rank; 2 * rank by default.")] = None,
-    targets: Annotated[
-        str, typer.Option(help="Comma-separated: query, key, value, attention_output, gate, up, down; or all-linear.")
-    ] = "all-linear",
-    dropout: Annotated[float, typer.Option(min=0.0, max=0.99, help="Dropout on the update's input.")] = 0.0,
-    rslora: Annotated[bool, typer.Option("--rslora", help="Scale by alpha/sqrt(rank).")] = False,
-    dora: Annotated[
-        bool, typer.Option("--dora", help="DoRA: train the length of a kernel's columns apart from their direction.")
-    ] = False,
-    learning_rate: Annotated[float, typer.Option(min=0.0, help="Peak rate of Adam.")] = 5e-4,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training lines.")] = 1,
-    limit: Annotated[int | None, typer.Option(min=1, help="Train on the first so many lines only.")] = None,
-    rows: Annotated[int, typer.Option(min=1, help="Packed rows a batch.")] = 1,
-    row_length: Annotated[int, typer.Option(min=32, help="Tokens a packed row; the longest line must fit.")] = 384,
-    accumulate: Annotated[int, typer.Option(min=1, help="Batches whose gradients make one step.")] = 1,
-    remat: Annotated[bool, typer.Option("--remat", help="Compute activations twice: less memory, more time.")] = False,
-    mixed_precision: Annotated[
-        bool | None,
-        typer.Option(
-            help="Form large products in bfloat16, with sums in float32, while training and in the report. "
-            "By default where the machine is faster at it."
-        ),
-    ] = None,
-    filter_gradient: Annotated[
-        bool, typer.Option(help="Leave tokens that have next to no probability out of the loss's gradient.")
-    ] = True,
-    seed: Annotated[int, typer.Option(help="Start of A and order of the lines.")] = 0,
-    skip_bad_lines: Annotated[
-        bool, typer.Option("--skip-bad-lines", help="Count bad lines instead of stopping.")
-    ] = False,
+    *,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew in a folder that holds a run.")] = False,
+    **chosen: Any,
 ) -> None:
     """Fine-tune with LoRA and report what changed, before and after.
 
@@ -80,56 +101,24 @@ def finetune(
     """
     from gemma_lora.job import finetuning as job
 
-    names = targets if targets == "all-linear" else tuple(t.strip() for t in targets.split(","))
-    from gemma_lora.lora.apply import target_names
-
-    target_names(names)
-    _check_quantization(quantization, double_quant)
-    job.finetune(
-        job.Settings(
-            data=data,
-            run_dir=run_dir,
-            model=model,
-            quantization=quantization,
-            double_quant=double_quant,
-            rank=rank,
-            alpha=alpha,
-            targets=names,
-            dropout=dropout,
-            rslora=rslora,
-            dora=dora,
-            learning_rate=learning_rate,
-            epochs=epochs,
-            limit=limit,
-            rows=rows,
-            row_length=row_length,
-            accumulate=accumulate,
-            remat=remat,
-            mixed_precision=mixed_precision,
-            filter_gradient=filter_gradient,
-            seed=seed,
-            skip_bad_lines=skip_bad_lines,
-        ),
-        Console(),
-        overwrite=overwrite,
-    )
+    job.finetune(Settings(**chosen), Console(), overwrite=overwrite)
 
 
 @app.command(
     epilog='Example: `gemma-lora generate --adapter runs/expenses/adapter "12 lug 2024 Café Lumière 769,08 €"`'
 )
+@_takes(*_MODEL, "max_new_tokens")
 def generate(
     prompts: Annotated[list[str], typer.Argument(help="One or more prompts.")],
     adapter: Annotated[Path | None, _ADAPTER] = None,
-    model: Annotated[str, _MODEL] = "gemma3-270m",
-    quantization: Annotated[_Quantization | None, _QUANTIZATION] = None,
-    double_quant: Annotated[bool, _DOUBLE_QUANT] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")] = 128,
+    **chosen: Any,
 ) -> None:
     """Answer prompts, greedily."""
+    _require_model(adapter, chosen)
+    loaded = _load(adapter, chosen)
     from gemma_lora.generation.engine import generate as answer
 
-    for text in answer(_load(model, adapter, quantization, double_quant), prompts, max_new_tokens=max_new_tokens):
+    for text in answer(loaded, prompts, max_new_tokens=chosen["max_new_tokens"] or MOST_NEW_TOKENS):
         typer.echo(text)
 
 
@@ -137,39 +126,59 @@ def generate(
     epilog="Example: `gemma-lora evaluate --adapter runs/expenses/adapter --data data/expenses/test.jsonl "
     "--output scores.json --answers answers.jsonl`"
 )
+@_takes(*_MODEL, "max_new_tokens", "skip_bad_lines", "mixed_precision")
 def evaluate(
     data: Annotated[Path, typer.Option(help="A JSONL file whose responses are the right answers.")],
     adapter: Annotated[Path | None, _ADAPTER] = None,
-    model: Annotated[str, _MODEL] = "gemma3-270m",
-    quantization: Annotated[_Quantization | None, _QUANTIZATION] = None,
-    double_quant: Annotated[bool, _DOUBLE_QUANT] = False,
     output: Annotated[Path | None, typer.Option(help="Where the scores go, as JSON.")] = None,
     answers: Annotated[
         Path | None,
         typer.Option(help="Where every line goes with its answer and whether that is right, as JSONL."),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")] = 128,
-    skip_bad_lines: Annotated[
-        bool, typer.Option("--skip-bad-lines", help="Count bad lines instead of stopping.")
-    ] = False,
-    mixed_precision: Annotated[
-        bool | None,
-        typer.Option(help="Form large products in bfloat16, with sums in float32. By default where finetune does."),
-    ] = None,
+    **chosen: Any,
 ) -> None:
     """Score an adapter (or the base model) on any file."""
-    from gemma_lora.base.hardware import has_fast_bfloat16
-    from gemma_lora.data.formats import BadLines, read_jsonl
-    from gemma_lora.generation.evaluation import evaluate as score
-    from gemma_lora.generation.evaluation import is_match
-    from gemma_lora.job.finetuning import progress_bar
+    _require_places(data, output, answers)
+    _require_model(adapter, chosen)
+    examples = _read_lines(data, chosen["skip_bad_lines"])
+    loaded = _load(adapter, chosen)
+    found = _score(loaded, str(data), examples, chosen)
+    scores = found.to_dict()
+    if output is not None:
+        write_json_atomic(output, scores)
+    if answers is not None:
+        write_jsonl_atomic(answers, _judged(examples, found.answers))
+    typer.echo(f"exact match {100 * scores['exact_match']:.1f} % of {scores['count']}")
+    for field, value in scores["fields"].items():
+        typer.echo(f"  {field}: {100 * value:.1f} %")
 
+
+def _require_places(data: Path, output: Path | None, answers: Path | None) -> None:
+    """Raises where a result cannot be written, or would be written over something else of the same call."""
     for path, option, taken in ((output, "--output", (data,)), (answers, "--answers", (data, output))):
         if path is None:
             continue
         if path.resolve() in [other.resolve() for other in taken if other is not None]:
             raise GemmaLoraError(f"{path}: is given twice, and would be overwritten. Give another {option}.")
         require_writable(path, option)
+
+
+def _require_model(adapter: Path | None, chosen: dict[str, Any]) -> None:
+    """Raises where model or adapter are not there: before JAX is imported, within a second."""
+    from gemma_lora.gemma.load import require_source
+
+    if adapter is not None and not adapter.is_dir():
+        raise GemmaLoraError(f"{adapter}: no such folder. Give an adapter folder, such as runs/expenses/adapter.")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if adapter is not None and not (adapter / name).is_file():
+            raise GemmaLoraError(f"{adapter}: holds no {name}. Give a folder that save_adapter or PEFT wrote.")
+    require_source(chosen["model"], chosen["quantization"])
+
+
+def _read_lines(data: Path, skip_bad_lines: bool) -> list:
+    """The examples of a file; says on stderr how many bad lines were left out."""
+    from gemma_lora.data.formats import BadLines, read_jsonl
+
     bad = BadLines(skip_bad_lines)
     examples = read_jsonl(data, bad=bad)
     bad.finish()
@@ -177,36 +186,54 @@ def evaluate(
         typer.echo(f"Bad lines skipped: {count} in {file}.", err=True)
     if not examples:
         raise GemmaLoraError(f"{data}: holds no usable example. Give one JSON object a line.")
-    loaded = _load(model, adapter, quantization, double_quant)
-    rounds = has_fast_bfloat16() if mixed_precision is None else mixed_precision
-    with progress_bar(Console(stderr=True), str(data), len(examples)) as advance:
-        found = score(loaded, examples, max_new_tokens=max_new_tokens, on_progress=advance, mixed_precision=rounds)
-    scores = found.to_dict()
-    if output is not None:
-        write_json_atomic(output, scores)
-    if answers is not None:
-        rows = []
-        for line, answer in zip(examples, found.answers, strict=True):
-            known = {"prompt": line.prompt, "response": line.response}
-            rows.append(known | {"answer": answer, "right": is_match(answer, line.response)})
-        write_jsonl_atomic(answers, rows)
-    typer.echo(f"exact match {100 * scores['exact_match']:.1f} % of {scores['count']}")
-    for field, value in scores["fields"].items():
-        typer.echo(f"  {field}: {100 * value:.1f} %")
+    return examples
+
+
+def _load(adapter: Path | None, chosen: dict[str, Any]):
+    """The model with its adapter. From here on JAX is in memory."""
+    from gemma_lora.base.hardware import use_compilation_cache
+    from gemma_lora.exchange.peft import load_adapter
+    from gemma_lora.gemma.load import load_gemma
+
+    use_compilation_cache()
+    loaded = load_gemma(chosen["model"], quantization=chosen["quantization"], double_quant=chosen["double_quant"])
+    return load_adapter(loaded, adapter) if adapter is not None else loaded
+
+
+def _score(loaded, what: str, examples: list, chosen: dict[str, Any]):
+    """The model's answers to the examples, and their scores."""
+    from gemma_lora.base.hardware import has_fast_bfloat16
+    from gemma_lora.generation.evaluation import evaluate as score
+    from gemma_lora.job.report import progress_bar
+
+    most, rounds = chosen["max_new_tokens"] or MOST_NEW_TOKENS, chosen["mixed_precision"]
+    if rounds is None:
+        rounds = has_fast_bfloat16()
+    with progress_bar(Console(stderr=True), what, len(examples)) as advance:
+        return score(loaded, examples, max_new_tokens=most, on_progress=advance, mixed_precision=rounds)
+
+
+def _judged(examples: list, answers: list[str]) -> list[dict[str, Any]]:
+    """A row for each example: prompt, right response, answer, and whether it is right."""
+    from gemma_lora.generation.evaluation import is_match
+
+    rows = []
+    for line, answer in zip(examples, answers, strict=True):
+        known = {"prompt": line.prompt, "response": line.response}
+        rows.append(known | {"answer": answer, "right": is_match(answer, line.response)})
+    return rows
 
 
 @app.command(epilog="Example: `gemma-lora plan --model gemma3_1b --memory 16GB`")
+@_takes("rank", "targets", "dora", "row_length", "dtype")
 def plan(
     model: Annotated[str, typer.Option(help="A model's shape: gemma3_270m, gemma3_1b, gemma2_2b_en, … gpt3_175b.")],
     memory: Annotated[str, typer.Option(help="What there is: 16GB, 7.5GiB. Of a GPU or TPU: its own memory.")],
-    rank: Annotated[int, typer.Option(min=1, help="Rank of the update.")] = 16,
-    targets: Annotated[str, typer.Option(help="As of finetune.")] = "all-linear",
-    dora: Annotated[bool, typer.Option("--dora", help="As of finetune.")] = False,
-    row_length: Annotated[int, typer.Option(min=1, help="Tokens a row.")] = 384,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16: weights and activations.")] = "float32",
+    *,
     accelerator: Annotated[
         bool, typer.Option("--accelerator", help="Memory is a GPU's or TPU's: Python and its libraries are elsewhere.")
     ] = False,
+    **chosen: Any,
 ) -> None:
     """Say where the bytes of fine-tuning would go, what fits, and with which settings.
 
@@ -221,10 +248,8 @@ def plan(
         available = sizes.parse_bytes(memory)
     except ValueError as error:
         raise GemmaLoraError(f"--memory: {error}") from None
-    names = targets if targets == "all-linear" else tuple(t.strip() for t in targets.split(","))
-    named = {"rank": rank, "targets": names, "dora": dora, "row_length": row_length, "dtype": dtype}
-    named["accelerator"] = accelerator
-    named["mixed_precision"] = dtype == "float32"  # finetune's default where it is faster, and the larger need
+    named = chosen | {"accelerator": accelerator}
+    named["mixed_precision"] = chosen["dtype"] == "float32"  # finetune's default where it is faster; the larger need
     Console().print(*_planned(sizes.CONFIGURATIONS[model], available, named), sep="\n", highlight=False, soft_wrap=True)
 
 
@@ -275,26 +300,6 @@ def _advice(configuration, fits: dict[str, int], available: int, named: dict) ->
         flags.append(f"--targets {','.join(named['targets'])}")
     flags += ["--dora"] * named["dora"] + ["--quantization nf4 --double-quant"] * packed + ["--remat"] * remat
     return f"{label} fits {size}:\n  gemma-lora finetune {' '.join(flags)}"
-
-
-def _check_quantization(quantization: str | None, double_quant: bool) -> None:
-    if double_quant and quantization != "nf4":
-        raise GemmaLoraError("--double-quant goes with --quantization nf4. Give both, or neither.")
-
-
-def _load(model: str, adapter: Path | None, quantization: str | None, double_quant: bool):
-    from gemma_lora.base.hardware import use_compilation_cache
-    from gemma_lora.exchange.peft import load_adapter
-    from gemma_lora.gemma.load import load_gemma
-
-    _check_quantization(quantization, double_quant)
-    use_compilation_cache()
-    if adapter is not None and not adapter.is_dir():
-        raise GemmaLoraError(f"{adapter}: no such folder. Give an adapter folder, such as runs/expenses/adapter.")
-    if adapter is not None and not (adapter / "adapter_config.json").is_file():
-        raise GemmaLoraError(f"{adapter}: holds no adapter_config.json. Give a folder that save_adapter or PEFT wrote.")
-    loaded = load_gemma(model, quantization=quantization, double_quant=double_quant)
-    return load_adapter(loaded, adapter) if adapter is not None else loaded
 
 
 def main() -> None:

@@ -1,14 +1,19 @@
 """The command line: what a user gets wrong is one line on stderr and status 2; texts are printed as they are."""
 
 import dataclasses
+import inspect
 import json
+import os
+import subprocess
 import sys
 import types
 
 import pytest
 
 from gemma_lora import cli, lora
+from gemma_lora.base import settings as settings_module
 from gemma_lora.base.files import GemmaLoraError
+from gemma_lora.base.settings import FIELDS, Settings
 from gemma_lora.data.templates import Template
 from gemma_lora.exchange.peft import save_adapter
 from gemma_lora.generation.evaluation import Scores
@@ -23,8 +28,9 @@ TEMPLATE = Template("{prompt}:", "{response}<eos>")
 def surroundings(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "300")  # messages are searched as one line
-    monkeypatch.setattr("gemma_lora.hardware.use_compilation_cache", lambda: None)
-    for name in ("gemma_lora.gemma.load_gemma", "gemma_lora.job.load_gemma"):
+    for name in ("gemma_lora.base.hardware.use_compilation_cache", "gemma_lora.job.stages.use_compilation_cache"):
+        monkeypatch.setattr(name, lambda: None)
+    for name in ("gemma_lora.gemma.load.load_gemma", "gemma_lora.job.stages.load_gemma"):
         monkeypatch.setattr(name, lambda *a, **k: pytest.fail("a model was loaded before the input was checked"))
 
 
@@ -53,7 +59,7 @@ def small_model():
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr("gemma_lora.gemma.load_gemma", lambda source, **named: small_model())
+    monkeypatch.setattr("gemma_lora.gemma.load.load_gemma", lambda source, **named: small_model())
 
 
 @pytest.fixture
@@ -97,7 +103,7 @@ def test_a_quantized_base_is_asked_for(command, monkeypatch, tmp_path, name):
         asked.append(named)
         return small_model()
 
-    monkeypatch.setattr("gemma_lora.gemma.load_gemma", load)
+    monkeypatch.setattr("gemma_lora.gemma.load.load_gemma", load)
     jsonl(tmp_path / "good.jsonl", ROW)
     status, _, err = command(*name.split(), "--quantization", "nf4", "--double-quant", "--max-new-tokens", "2")
     assert status == 0, err
@@ -119,6 +125,17 @@ def finished_run(folder):
         (folder / name).write_text(json.dumps(value))
 
 
+def bad_surroundings(folder):
+    """Files that the cases below speak of; gives everything that is there."""
+    jsonl(folder / "good.jsonl", ROW, ROW | {"prompt": "c"})
+    jsonl(folder / "bad.jsonl", ROW, "not json", {"prompt": "x"})
+    for name in ("done", "empty", "half"):
+        (folder / name).mkdir()
+    (folder / "half" / "adapter_config.json").touch()
+    finished_run(folder / "done")
+    return sorted(folder.rglob("*"))
+
+
 # Arguments, and what the message has to name: the place and the remedy.
 BAD = {
     "no data": ("evaluate --data none.jsonl", ["none.jsonl", "JSONL"]),
@@ -129,9 +146,22 @@ BAD = {
     "bad lines to train on": ("finetune --data bad.jsonl", ["bad.jsonl:2: not JSON", "--skip-bad-lines"]),
     "targets": ("finetune --data good.jsonl --targets query,knob", ["knob", "attention_output"]),
     "rank": ("finetune --rank 0", ["--rank"]),
+    "no number": ("finetune --learning-rate nan", ["--learning-rate must be a finite number above 0", "nan"]),
+    "no passes": ("finetune --epochs 0", ["--epochs"]),
+    "a bound that is not included": ("finetune --dropout 1", ["--dropout", "below 1", "dropout=1.0"]),
+    "two that do not go together": ("finetune --remat --dropout 0.1", ["--remat", "--dropout"]),
     "no such option": ("finetune --rnak 4", ["--rnak"]),
     "no prompt": ("generate", ["prompts"]),
     "no adapter": ("generate --adapter nowhere hi", ["nowhere", "runs/expenses/adapter"]),
+    "adapter without weights": ("generate --adapter half hi", ["half", "adapter_model.safetensors"]),
+    "no model file": ("finetune --data good.jsonl --model none.gguf", ["none.gguf", "GGUF file"]),
+    "no model file to ask": ("generate --model none.gguf hi", ["none.gguf", "GGUF file"]),
+    "no model folder": ("evaluate --data good.jsonl --model no/such", ["no/such: no such folder", "preset"]),
+    "no preset in the folder": ("generate --model ./empty hi", ["empty: holds no config.json", "save_to_preset"]),
+    "blocks of no file": (
+        "finetune --data good.jsonl --model gemma3_1b --quantization gguf",
+        ["quantization='gguf'", ".gguf file"],
+    ),
     "empty adapter": ("generate --adapter empty hi", ["empty", "adapter_config.json"]),
     "no adapter to score": ("evaluate --data good.jsonl --adapter nowhere", ["nowhere", "runs/expenses/adapter"]),
     "finished run": ("finetune --data good.jsonl --run-dir done", ["done", "rank was 99", "--overwrite", "--run-dir"]),
@@ -149,16 +179,40 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_named_with_its_remedy_before_any_model_is_loaded(command, tmp_path, case):
-    jsonl(tmp_path / "good.jsonl", ROW, ROW | {"prompt": "c"})
-    jsonl(tmp_path / "bad.jsonl", ROW, "not json", {"prompt": "x"})
-    for name in ("done", "empty"):
-        (tmp_path / name).mkdir()
-    finished_run(tmp_path / "done")
+    before = bad_surroundings(tmp_path)
     arguments, words = BAD[case]
     status, out, err = command(*arguments.split())
     assert (status, out) == (2, "")
     assert [word for word in words if word not in err] == [], err
     assert "Traceback" not in err
+    assert sorted(tmp_path.rglob("*")) == before  # no new folder either
+
+
+EARLY = """
+import json, sys
+from gemma_lora import cli
+for name, arguments in json.loads(sys.argv[1]).items():
+    sys.argv = ["gemma-lora", *arguments.split()]
+    try:
+        cli.main()
+        raise RuntimeError(f"{name}: was not refused")
+    except SystemExit as exit_:
+        if exit_.code != 2:
+            raise RuntimeError(f"{name}: status {exit_.code}")
+    if late := {"jax", "keras", "keras_hub"} & set(sys.modules):
+        raise RuntimeError(f"{name}: {late} imported before it was refused")
+"""
+
+
+def test_bad_input_is_found_before_jax_is_imported(tmp_path):
+    """That import takes seconds; a slip of the pen is to be answered within one."""
+    bad_surroundings(tmp_path)
+    cases = json.dumps({name: arguments for name, (arguments, _) in BAD.items()})
+    command_line = [sys.executable, "-c", EARLY, cases]
+    root = os.path.dirname(os.path.dirname(cli.__file__))
+    environment = os.environ | {"PYTHONPATH": root}
+    done = subprocess.run(command_line, capture_output=True, text=True, timeout=300, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("error, status", [(KeyboardInterrupt(), 130), (OSError(28, "No space left", "f.txt"), 2)])
@@ -166,7 +220,7 @@ def test_interruptions_have_a_status_and_no_traceback(command, monkeypatch, erro
     def fail(source, **named):
         raise error
 
-    monkeypatch.setattr("gemma_lora.gemma.load_gemma", fail)
+    monkeypatch.setattr("gemma_lora.gemma.load.load_gemma", fail)
     found, out, err = command("generate", "hi")
     assert (found, out) == (status, "")
     assert "Traceback" not in err
@@ -177,7 +231,7 @@ def test_a_defect_of_ours_is_not_hidden(command, monkeypatch):
     def fail(source, **named):
         raise ZeroDivisionError
 
-    monkeypatch.setattr("gemma_lora.gemma.load_gemma", fail)
+    monkeypatch.setattr("gemma_lora.gemma.load.load_gemma", fail)
     with pytest.raises(ZeroDivisionError):
         command("generate", "hi")
 
@@ -197,7 +251,7 @@ def test_a_name_like_markup_is_printed_as_it_is(command, tmp_path, name):
 
 
 def test_answers_like_markup_are_printed_as_they_are(command, small, monkeypatch):
-    monkeypatch.setattr("gemma_lora.generation.generate", lambda model, prompts, **named: list(prompts))
+    monkeypatch.setattr("gemma_lora.generation.engine.generate", lambda model, prompts, **named: list(prompts))
     status, out, _ = command("generate", MARKUP, ":smile:", "é ü")
     assert (status, out) == (0, f"{MARKUP}\n:smile:\né ü\n")
 
@@ -269,8 +323,8 @@ def test_evaluate_rounds_where_that_is_faster_or_as_asked(command, small, monkey
         seen.append(mixed_precision)
         return Scores(exact_match=1.0, fields={}, valid_json=1.0, count=len(examples), answers=["two"])
 
-    monkeypatch.setattr("gemma_lora.evaluation.evaluate", evaluate)
-    monkeypatch.setattr("gemma_lora.hardware.has_fast_bfloat16", lambda: fast)
+    monkeypatch.setattr("gemma_lora.generation.evaluation.evaluate", evaluate)
+    monkeypatch.setattr("gemma_lora.base.hardware.has_fast_bfloat16", lambda: fast)
     path = jsonl(tmp_path / "data.jsonl", {"prompt": "one", "response": "two"})
     status, _, err = command("evaluate", "--data", path, *option.split())
     assert (status, seen) == (0, [fast if asked is None else asked]), err
@@ -292,29 +346,69 @@ def test_finetune_passes_every_option_on(command, monkeypatch, tmp_path):
 
 
 def test_finetunes_defaults_are_the_jobs(command, monkeypatch):
-    """A setting has one default; it is written twice, so it has to be the same."""
     seen = []
     monkeypatch.setattr(job, "finetune", lambda settings, console, **named: seen.append(settings))
     assert command("finetune")[0] == 0
     assert seen == [job.Settings()]
 
 
-def test_overwrite_begins_anew_but_not_before_the_data_are_read(command, monkeypatch, tmp_path):
+@pytest.mark.parametrize("name", [name for name, field in FIELDS.items() if field.metadata.get("option", True)])
+def test_every_setting_is_an_option_of_finetune(command, monkeypatch, name):
+    """Its field alone makes it one: type, default, bounds and help stand there."""
+    seen = []
+    monkeypatch.setattr(job, "finetune", lambda settings, console, **named: seen.append(settings))
+    given = OTHER.get(name, "7")
+    words = [f"--no-{name}" if given is False else f"--{name}", *([given] if isinstance(given, str) else [])]
+    more = ["--quantization", "nf4"] if name == "double_quant" else []
+    status, _, err = command("finetune", words[0].replace("_", "-"), *words[1:], *more)
+    assert status == 0, err
+    assert getattr(seen[0], name) != getattr(Settings(), name)
+    assert str(getattr(seen[0], name)) in (str(given), f"{given}.0", str((given,)))
+    _, out, _ = command("finetune", "--help")
+    assert FIELDS[name].metadata["help"].split(".")[0][:20] in out
+
+
+#: Another value than the default, as the command line takes it; "7" where none is given.
+OTHER = {"quantization": "int8", "targets": "query", "dropout": "0.25", "warmup": "0.5", "evaluate_base": False}
+OTHER |= {name: True for name in ("double_quant", "rslora", "dora", "remat", "mixed_precision")}
+OTHER |= {name: True for name in ("filter_gradient", "skip_bad_lines")}
+
+
+def test_a_new_field_is_a_new_option(monkeypatch):
+    """With its type, bounds, default and help, and with no other edit."""
+
+    @dataclasses.dataclass(frozen=True)
+    class More(Settings):
+        beam: int = dataclasses.field(default=3, metadata={"help": "Answers kept.", "min": 1})
+
+    for module in (cli, settings_module):
+        monkeypatch.setattr(module, "FIELDS", {field.name: field for field in dataclasses.fields(More)})
+        monkeypatch.setattr(module, "Settings", More)
+    seen = []
+    command = cli._takes("beam")(lambda **chosen: seen.append(chosen))
+    (parameter,) = inspect.signature(command).parameters.values()
+    option = parameter.annotation.__metadata__[0]
+    assert (parameter.default, parameter.annotation.__origin__, option.help, option.min) == (3, int, "Answers kept.", 1)
+    command(beam=4)
+    assert seen == [{"beam": 4}]
+    with pytest.raises(GemmaLoraError, match="--beam must be an integer of at least 1"):
+        command(beam=0)
+
+
+@pytest.mark.parametrize("data", ["typo.jsonl", "good.jsonl"])
+def test_overwrite_costs_no_run_before_data_and_model_are_there(command, monkeypatch, tmp_path, data):
+    """`test_job` holds what it does once they are."""
+
     def no_model(source, **named):
         raise GemmaLoraError("the model was asked for")
 
-    monkeypatch.setattr(job, "load_gemma", no_model)
+    monkeypatch.setattr("gemma_lora.job.stages.load_gemma", no_model)
     finished_run(tmp_path / "r")
-    (tmp_path / "r" / "notes.txt").write_text("mine")
     jsonl(tmp_path / "good.jsonl", ROW, ROW | {"prompt": "c"})
-    status, _, err = command("finetune", "--data", "typo.jsonl", "--run-dir", "r", "--overwrite")
-    assert status == 2 and "typo.jsonl" in err
-    assert (tmp_path / "r" / "metrics.json").exists()  # a slip of the pen costs nobody a run
-    status, _, err = command("finetune", "--data", "good.jsonl", "--run-dir", "r", "--overwrite")
-    assert status == 2 and "the model was asked for" in err
-    assert not (tmp_path / "r" / "metrics.json").exists()
-    assert json.loads((tmp_path / "r" / "settings.json").read_text())["rank"] == job.Settings().rank
-    assert (tmp_path / "r" / "notes.txt").exists()
+    before = {path: path.read_bytes() for path in (tmp_path / "r").iterdir()}
+    status, _, err = command("finetune", "--data", data, "--run-dir", "r", "--overwrite")
+    assert status == 2 and ("typo.jsonl: not found" in err or "the model was asked for" in err)
+    assert {path: path.read_bytes() for path in (tmp_path / "r").iterdir()} == before
 
 
 # --- plan --------------------------------------------------------------------------------------------------

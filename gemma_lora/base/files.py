@@ -65,17 +65,19 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
 def require_writable(path: str | os.PathLike, option: str) -> None:
     """Raises if no file can be written at `path`: to be called before slow work whose result goes there.
 
+    Nothing is made: where folders are missing, it asks whether the nearest one that is there could hold them.
+
     Args:
-        path: Where the file is to stand. Missing parent folders are made.
+        path: Where the file is to stand.
         option: The option that gave the path, for the message.
 
     Raises:
         GemmaLoraError: It names the path, the reason and the option.
     """
     path = Path(path)
+    there = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
+        with tempfile.TemporaryFile(dir=there):
             pass
         reason = "it is a folder" if path.is_dir() else None
     except OSError as error:

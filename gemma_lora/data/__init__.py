@@ -6,6 +6,6 @@ _MODULES: dict[str, list[str]] = {
     "dataset": ["Dataset", "load_dataset", "Encoded", "encode", "encode_prompt", "batches", "MaskView", "show_mask"],
     "formats": ["Example", "BadLines", "read_jsonl", "from_records", "to_example"],
     "packing": ["Batch", "pack"],
-    "templates": ["CONTROL_TOKENS", "Template"],
+    "templates": ["CONTROL_TOKENS", "Template", "default_template", "template_of", "template_reason"],
 }
 __getattr__, __dir__, __all__ = lazy_names(__name__, _MODULES)

@@ -16,7 +16,7 @@ import numpy as np
 
 from gemma_lora.base.files import GemmaLoraError
 from gemma_lora.data.formats import BadLines, Example, from_records, read_jsonl
-from gemma_lora.data.templates import CONTROL_TOKENS, Template
+from gemma_lora.data.templates import CONTROL_TOKENS, Template, template_of
 
 __all__ = [
     "Dataset",
@@ -29,6 +29,7 @@ __all__ = [
     "load_dataset",
     "read_jsonl",
     "show_mask",
+    "template_of",
 ]
 
 
@@ -36,14 +37,15 @@ __all__ = [
 class Dataset:
     """Examples by split, and the template around them.
 
-    Invariants: `train` and `validation` are not empty; `skipped` counts bad lines by file.
+    Invariants: `train` and `validation` are not empty; `skipped` counts bad lines by file. `template` is None where
+    neither caller nor folder names one: the model's own is used then (`templates.template_of`).
     """
 
     name: str
     train: list[Example]
     validation: list[Example]
     tests: dict[str, list[Example]]
-    template: Template
+    template: Template | None
     skipped: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
@@ -56,7 +58,8 @@ class Dataset:
         """SHA-256 of all examples and the template: another one means other data."""
         splits = {"train": self.train, "validation": self.validation, **self.tests}
         rows = {name: [(e.prompt, e.response, e.turns) for e in examples] for name, examples in splits.items()}
-        return hashlib.sha256(json.dumps([self.template.to_dict(), rows]).encode()).hexdigest()
+        template = None if self.template is None else self.template.to_dict()
+        return hashlib.sha256(json.dumps([template, rows]).encode()).hexdigest()
 
     def __repr__(self) -> str:
         splits = {"train": self.train, "validation": self.validation, **self.tests}
@@ -80,7 +83,7 @@ def load_dataset(
     Args:
         source: A folder with `train.jsonl` and, if there are, `validation.jsonl`, `test*.jsonl` and
             `template.json`; one JSONL file; a list of dictionaries; a `datasets.Dataset` or `DatasetDict`.
-        template: The text around a prompt. Defaults to the folder's, else Gemma's chat template.
+        template: The text around a prompt. Defaults to the folder's, else to None: that of the model.
         skip_bad_lines: Leave bad lines out and count them in `skipped`.
         validation_fraction: Float in (0, 1), the share split off where there is no validation split. Which
             examples go is decided by a hash of each, so it does not change when lines are added.
@@ -115,7 +118,7 @@ def load_dataset(
             f"{name}: {counts}; at least one of each is needed, so 2 where there is no validation split. "
             f"Add examples. {_summary(bad.files)}".rstrip()
         )
-    return Dataset(name, train, validation, splits, template or Template.gemma_chat(), bad.files)
+    return Dataset(name, train, validation, splits, template, bad.files)
 
 
 def _read_folder(folder: Path, bad: BadLines) -> dict[str, list[Example]]:
@@ -204,16 +207,24 @@ class _Part(NamedTuple):
     loss: bool
 
 
-def _parts(example: Example, template: Template) -> list[_Part]:
+def _required(template: Template | None) -> Template:
+    if template is None:
+        raise ValueError(
+            "`template` must be a Template. Received: None. Where a dataset names none, `template_of(model)` of "
+            "gemma_lora.data gives the model's own."
+        )
+    return template
+
+
+def _parts(example: Example, template: Template | None) -> list[_Part]:
     """An example as the template's control tokens and the plain text between them."""
     parts: list[_Part] = []
     turns = example.turns or (("user", example.prompt), ("model", example.response))
-    around = Template.gemma_chat() if example.turns else template
     for number, (role, text) in enumerate(turns):
         name = "prompt" if role == "user" else "response"
-        literal = getattr(around, name)
-        if number and role == "user":
-            literal = "\n" + literal  # Gemma puts a line's end between turns
+        literal = getattr(_required(template), name)
+        if number and role == "user":  # Gemma puts a line's end between turns; <bos> is the first turn's alone
+            literal = "\n" + literal.removeprefix("<bos>")
         parts += _pieces(literal, "{" + name + "}", text, role == "model")
     return parts
 
@@ -286,7 +297,7 @@ def _encode_all(examples: Sequence[list[_Part]], tokenizer) -> list[tuple[np.nda
 def encode(
     examples: Sequence[Example],
     tokenizer,
-    template: Template,
+    template: Template | None,
     max_length: int = 512,
     skip_bad_lines: bool = False,
 ) -> Encoded:
@@ -298,7 +309,7 @@ def encode(
     Args:
         examples: The examples.
         tokenizer: KerasHub's Gemma tokenizer, or anything with `tokenize(text)` and `token_to_id(token)`.
-        template: The text around a prompt. A chat of several turns has Gemma's chat template instead.
+        template: The text around a prompt; in a chat of several turns, around each pair of turns.
         max_length: Integer, the most tokens of an example. A longer one is bad: nothing is cut off.
         skip_bad_lines: Leave too long examples out, and count them in `skipped`, instead of raising.
 
@@ -330,9 +341,9 @@ def _too_long(mask: np.ndarray, max_length: int) -> str:
     return f"{what}: {len(mask)} tokens ({prompt} before the answer), max_length is {max_length}"
 
 
-def encode_prompt(text: str, tokenizer, template: Template) -> np.ndarray:
+def encode_prompt(text: str, tokenizer, template: Template | None) -> np.ndarray:
     """The tokens a model sees before it answers, exactly those of training: (T,) int32."""
-    return _encode_all([_pieces(template.prompt, "{prompt}", text, False)], tokenizer)[0][0]
+    return _encode_all([_pieces(_required(template).prompt, "{prompt}", text, False)], tokenizer)[0][0]
 
 
 _Batch = tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]
@@ -418,7 +429,7 @@ _SIGNS = {code: 0x2400 + code for code in range(32)} | {ord("▁"): " ", ord("\n
 _SIGNS |= dict.fromkeys(range(0x80, 0xA0), "�")
 
 
-def show_mask(example: Example, tokenizer, template: Template) -> MaskView:
+def show_mask(example: Example, tokenizer, template: Template | None) -> MaskView:
     """Shows which tokens of an example carry loss, in a notebook (its value) or a terminal (`print(...)`).
 
     Args:

@@ -37,6 +37,11 @@ class Template:
             raise ValueError(f"Template.stop must name at least one token. Received: {self.stop!r}")
 
     @classmethod
+    def base(cls) -> Template:
+        """For weights that only go on with a text: the prompt, a line's end, the answer. They know no turns."""
+        return cls("{prompt}\n", "{response}<eos>", ("<eos>",))
+
+    @classmethod
     def gemma_chat(cls) -> Template:
         """Gemma's chat template for one turn of the user and one of the model."""
         return cls(
@@ -58,3 +63,40 @@ class Template:
         if not isinstance(values, dict) or not {"prompt", "response"} <= set(values):
             raise ValueError(f"a template needs the fields prompt and response. Received: {values!r}")
         return cls(values["prompt"], values["response"], tuple(values.get("stop", ("<eos>",))))
+
+
+def default_template(model: Any) -> Template:
+    """The template that a model's weights were made with.
+
+    Args:
+        model: What `load_gemma` gave; it says whether the weights are instruction-tuned. A model that does not say is
+            taken for a base model.
+
+    Returns:
+        Gemma's chat template for instruction-tuned weights, else `Template.base()`.
+    """
+    return Template.gemma_chat() if getattr(model, "gemma_lora_instruction_tuned", False) else Template.base()
+
+
+def template_of(model: Any, template: Template | None = None) -> Template:
+    """The template to use: the given one, else the one the model was fine-tuned with, else its weights' own.
+
+    Args:
+        model: A KerasHub Gemma, with an adapter or without.
+        template: The caller's or the dataset's, or None if they name none.
+    """
+    return template or getattr(model, "gemma_lora_template", None) or default_template(model)
+
+
+def template_reason(model: Any, template: Template | None = None) -> str:
+    """One line that says which template `template_of` gives for the same arguments, and why."""
+    if template is not None:
+        why = "the dataset's own"
+    elif getattr(model, "gemma_lora_template", None) is not None:
+        why = "the adapter's"
+    elif getattr(model, "gemma_lora_instruction_tuned", False):
+        why = "Gemma's chat template, for the weights are instruction-tuned"
+    else:
+        why = "the base model's, for the weights are not instruction-tuned"
+    chosen = template_of(model, template)
+    return f"Template: {chosen.prompt + chosen.response!r} ({why})."

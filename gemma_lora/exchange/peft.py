@@ -22,7 +22,7 @@ from gemma_lora.exchange.peft_folder import CONFIG, FACTORS, MAGNITUDE, TEMPLATE
 from gemma_lora.layers import linear
 from gemma_lora.layers.places import PLACES, linear_places
 from gemma_lora.layers.surgery import forget_programs, replace
-from gemma_lora.lora.apply import detach_lora, lora_layers
+from gemma_lora.lora.apply import detach_lora, linear_layers, lora_layers
 from gemma_lora.lora.dora import column_squares
 from gemma_lora.lora.layer import LoRADense, LoRAEinsumDense, LoRALayer
 
@@ -174,7 +174,7 @@ def _as_it_was_on_error(model: keras.Model) -> Iterator[None]:
 
     What a folder says is checked before. This is for the rest: memory that runs out, Ctrl-C half-way.
     """
-    held = list(lora.linear_layers(model))
+    held = list(linear_layers(model))
     bases = [_without_lora(layer) for _, _, layer in held]
     activations = [base.activation for base in bases]
     trainable = [(variable, variable.trainable) for variable in model.variables]

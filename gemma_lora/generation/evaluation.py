@@ -15,7 +15,7 @@ import numpy as np
 
 from gemma_lora.base.files import GemmaLoraError
 from gemma_lora.base.keras_on_jax import keras
-from gemma_lora.data.dataset import Example, Template, encode
+from gemma_lora.data.dataset import Example, Template, encode, template_of
 from gemma_lora.data.packing import Batch, pack
 from gemma_lora.gemma.architectures import Architecture, architecture_of
 from gemma_lora.gemma.forward import packed_hidden
@@ -147,7 +147,7 @@ class TeacherForced:
 
 
 def teacher_forced(
-    model: keras.Model, examples: Sequence[Example], template: Template, row_length: int = 384
+    model: keras.Model, examples: Sequence[Example], template: Template | None, row_length: int = 384
 ) -> TeacherForced:
     """Scores responses without generating: each of their tokens is predicted from the right tokens before it.
 
@@ -166,7 +166,7 @@ def teacher_forced(
     """
     if not examples:
         raise GemmaLoraError("There are no examples to evaluate on.")
-    encoded = encode(examples, model.preprocessor.tokenizer, template, row_length)
+    encoded = encode(examples, model.preprocessor.tokenizer, template_of(model, template), row_length)
     alone = pack(encoded.tokens, encoded.loss_mask, 1, row_length)
     rows = _as_equal(len(alone), _ROWS)
     batches = [_stacked(alone[start : start + rows], rows) for start in range(0, len(alone), rows)]

@@ -4,6 +4,7 @@ from gemma_lora.base.lazy import lazy_names
 
 _MODULES: dict[str, list[str]] = {
     "checkpoint": ["Checkpoint", "changed_settings"],
+    "epochs": ["default_epochs"],
     "health": [
         "Batch",
         "Finding",

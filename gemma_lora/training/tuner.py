@@ -329,7 +329,7 @@ class FineTuner(keras.Model):
         encoded = data_module.encode(
             dataset.train[:limit],
             self.causal_lm.preprocessor.tokenizer,
-            dataset.template,
+            data_module.template_of(self.causal_lm, dataset.template),
             max_length=self.settings["row_length"],
             skip_bad_lines=skip_bad_lines,
         )
@@ -488,7 +488,7 @@ class FineTuner(keras.Model):
                 raise GemmaLoraError("Call `compile(optimizer=…)` before `fit` with arrays.")
             self.log = TrainingLog(self.run_dir / "training.jsonl" if self.run_dir else None)
             return super().fit(x, y, *args, callbacks=[self.log, *(callbacks or [])], epochs=epochs, **kwargs)
-        self.causal_lm.gemma_lora_template = x.template
+        self.causal_lm.gemma_lora_template = data_module.template_of(self.causal_lm, x.template)
         # One pass over all epochs' batches: each epoch is packed in an order of its own.
         batches = [batch for epoch in range(epochs) for batch in self.batches(x, epoch, limit, skip_bad_lines)]
         if self.settings["chunk_size"] is None:

@@ -7,7 +7,14 @@ import stat
 
 import pytest
 
-from gemma_lora.base.files import atomic_path, sha256_of, write_json_atomic, write_text_atomic
+from gemma_lora.base.files import (
+    GemmaLoraError,
+    atomic_path,
+    require_writable,
+    sha256_of,
+    write_json_atomic,
+    write_text_atomic,
+)
 
 
 def names(folder):
@@ -90,3 +97,12 @@ def test_the_checksum_is_hashlibs(tmp_path, size):
     data = os.urandom(size)
     (tmp_path / "a").write_bytes(data)
     assert sha256_of(tmp_path / "a") == hashlib.sha256(data).hexdigest()
+
+
+def test_asking_whether_a_file_can_be_written_makes_nothing(tmp_path):
+    require_writable(tmp_path / "a" / "b" / "c.txt", "--output")
+    (tmp_path / "file").touch()
+    for bad in (tmp_path / "file" / "c.txt", tmp_path / "file" / "d" / "c.txt", tmp_path):
+        with pytest.raises(GemmaLoraError, match=f"{bad}: cannot be written .*--output"):
+            require_writable(bad, "--output")
+    assert names(tmp_path) == ["file"]

@@ -2,6 +2,7 @@
 
 import json
 import re
+import types
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from gemma_lora.base.files import GemmaLoraError
 from gemma_lora.data.dataset import batches, encode, encode_prompt, load_dataset, read_jsonl, show_mask
 from gemma_lora.data.formats import Example
-from gemma_lora.data.templates import Template
+from gemma_lora.data.templates import Template, default_template, template_of, template_reason
 
 NAMES = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
 EXPENSE = Template("Expense: {prompt}\nJSON:", " {response}<eos>")
@@ -220,6 +221,15 @@ def test_a_folder_with_splits_and_template(tmp_path):
         load_dataset(tmp_path)
 
 
+def test_without_a_template_it_is_the_models(tmp_path):
+    write(tmp_path / "train.jsonl", pair(1), pair(2), pair(3))
+    plain = load_dataset(tmp_path)
+    assert plain.template is None and load_dataset([pair(1), pair(2)]).template is None
+    named = load_dataset(tmp_path, template=Template.gemma_chat())
+    assert len({plain.digest, named.digest, load_dataset(tmp_path, template=EXPENSE).digest}) == 3
+    assert plain.digest == load_dataset(tmp_path).digest
+
+
 class Rows:
     """What `datasets.Dataset` looks like: columns by name, rows by iteration."""
 
@@ -295,13 +305,27 @@ def test_gemmas_chat_template(tokenizer):
 
 
 def test_every_turn_of_the_model_carries_loss(tokenizer):
-    encoded = encode([Example("a", "d", turns=tuple(CHAT))], tokenizer, EXPENSE)
+    encoded = encode([Example("a", "d", turns=tuple(CHAT))], tokenizer, Template.gemma_chat())
     ids, mask = encoded.tokens[0], encoded.loss_mask[0]
     assert tokenizer.text(ids) == (
         "<bos><start_of_turn>user\na<end_of_turn>\n<start_of_turn>model\nb<end_of_turn>\n"
         "<start_of_turn>user\nc<end_of_turn>\n<start_of_turn>model\nd<end_of_turn>"
     )
     assert tokenizer.text(ids[mask]) == "b<end_of_turn>d<end_of_turn>"
+
+
+@pytest.mark.parametrize(
+    ("template", "text", "loss"),
+    [
+        (EXPENSE, "Expense: a\nJSON: b<eos>\nExpense: c\nJSON: d<eos>", " b<eos> d<eos>"),
+        (Template.base(), "a\nb<eos>\nc\nd<eos>", "b<eos>d<eos>"),
+        (Template("<bos>{prompt}|", "{response}<eos>"), "a|b<eos>\nc|d<eos>", "b<eos>d<eos>"),  # one <bos> is enough
+    ],
+)
+def test_the_turns_of_a_chat_have_the_datasets_template(tokenizer, template, text, loss):
+    encoded = encode([Example("a", "d", turns=tuple(CHAT))], tokenizer, template)
+    ids, mask = encoded.tokens[0], encoded.loss_mask[0]
+    assert (tokenizer.text(ids), tokenizer.text(ids[mask])) == ("<bos>" + text, loss)
 
 
 @pytest.mark.parametrize(
@@ -409,8 +433,40 @@ def test_batches_order_and_length(tokenizer):
 # --- templates and the picture of a mask -------------------------------------------------------------------
 
 
+def test_the_template_is_the_callers_the_adapters_or_the_weights():
+    base, tuned, unknown = (types.SimpleNamespace() for _ in range(3))
+    base.gemma_lora_instruction_tuned, tuned.gemma_lora_instruction_tuned = False, True
+    assert default_template(base) == default_template(unknown) == Template.base()
+    assert default_template(tuned) == Template.gemma_chat()
+    assert template_of(tuned) == Template.gemma_chat() and "instruction-tuned" in template_reason(tuned)
+    assert "not instruction-tuned" in template_reason(base) and r"'{prompt}\n{response}<eos>'" in template_reason(base)
+    tuned.gemma_lora_template = WITH_BOS
+    assert template_of(tuned) == WITH_BOS and "adapter's" in template_reason(tuned)
+    assert template_of(tuned, EXPENSE) == EXPENSE and "dataset's" in template_reason(tuned, EXPENSE)
+    tuned.gemma_lora_template = None  # an adapter without one
+    assert template_of(tuned) == Template.gemma_chat()
+
+
+def test_the_base_template_is_a_line_and_its_answer(tokenizer):
+    encoded = encode([Example("p", "r")], tokenizer, Template.base())
+    ids = encoded.tokens[0]
+    assert tokenizer.text(ids) == "<bos>p\nr<eos>" and tokenizer.text(ids[encoded.loss_mask[0]]) == "r<eos>"
+    assert Template.base().stop == ("<eos>",)
+
+
+def test_no_template_is_refused_with_the_way_to_one(tokenizer):
+    example = Example("p", "r")
+    for use in (
+        lambda: encode([example], tokenizer, None),
+        lambda: encode_prompt("p", tokenizer, None),
+        lambda: show_mask(example, tokenizer, None),
+    ):
+        with pytest.raises(ValueError, match="`template`.*None.*template_of"):
+            use()
+
+
 def test_templates_survive_json():
-    for template in (EXPENSE, Template.gemma_chat()):
+    for template in (EXPENSE, Template.gemma_chat(), Template.base()):
         assert Template.from_dict(json.loads(json.dumps(template.to_dict()))) == template
 
 

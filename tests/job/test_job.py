@@ -10,11 +10,15 @@ import keras
 import pytest
 from rich.console import Console
 
+from gemma_lora import job as job_package
+from gemma_lora.base import settings as settings_module
 from gemma_lora.base.files import GemmaLoraError
 from gemma_lora.base.hardware import has_fast_bfloat16
+from gemma_lora.data.templates import Template
 from gemma_lora.exchange.peft import load_adapter
 from gemma_lora.generation.engine import generate
 from gemma_lora.job import finetuning as job
+from gemma_lora.job import folder, stages
 from gemma_lora.training.tuner import FineTuner
 from tests.conftest import CharacterTokenizer, tiny_gemma
 
@@ -39,11 +43,11 @@ def jsonl(path, records):
     return path
 
 
-def run(patch, settings):
-    patch.setattr(job, "load_gemma", small_model)
-    patch.setattr(job, "english_text", lambda: "a river bends and bends again")
+def run(patch, settings, **named):
+    patch.setattr(stages, "load_gemma", small_model)
+    patch.setattr(stages, "english_text", lambda: "a river bends and bends again")
     console = Console(file=io.StringIO(), width=200)
-    return job.finetune(settings, console), console.file.getvalue()
+    return job.finetune(settings, console, **named), console.file.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -88,18 +92,32 @@ def test_metrics_have_the_documented_shape(finished):
 
 def test_settings_hold_every_setting(finished):
     written = json.loads((finished.dir / "settings.json").read_text())
-    expected = dataclasses.asdict(finished.settings) | {"mixed_precision": has_fast_bfloat16()}  # decided by then
+    expected = dataclasses.asdict(finished.settings)  # as asked for: the same on every machine
     assert {name: written[name] for name in expected} == json.loads(json.dumps(expected))
+    assert written["chosen"] == {"mixed_precision": has_fast_bfloat16()}
     assert {"keras", "keras-hub", "jax", "gemma_lora"} <= set(written["versions"])
 
 
 def test_other_data_in_a_run_that_began_is_named(tmp_path):
     settings = job.Settings(run_dir=str(tmp_path))
-    job.claim(settings, "a")
+    folder.claim(settings, "a", {"epochs": 3})
     (tmp_path / "training.jsonl").touch()
-    assert job.claim(settings, "a") is None
+    assert folder.claim(settings, "a", {"epochs": 2}) is None
+    assert json.loads((tmp_path / "settings.json").read_text())["chosen"] == {"epochs": 3}
     with pytest.raises(GemmaLoraError, match="data_sha256 was 'a', is 'b'"):
-        job.claim(settings, "b")
+        folder.claim(settings, "b")
+
+
+def test_a_run_from_before_there_was_a_setting_goes_on(tmp_path):
+    folder.claim(job.Settings(run_dir=str(tmp_path)), "a")
+    (tmp_path / "training.jsonl").touch()
+    path = tmp_path / "settings.json"
+    stored = json.loads(path.read_text())
+    del stored["batch_size"], stored["chosen"]
+    path.write_text(json.dumps(stored))
+    assert folder.finished_metrics(job.Settings(run_dir=str(tmp_path)), "a") is None
+    with pytest.raises(GemmaLoraError, match="batch_size was 64, is 8"):
+        folder.finished_metrics(job.Settings(run_dir=str(tmp_path), batch_size=8), "a")
 
 
 def test_answers_are_one_line_an_example_and_agree_with_the_metrics(finished):
@@ -147,10 +165,11 @@ def test_a_single_file_is_scored_on_its_validation_lines(tmp_path, monkeypatch):
     records = [r | {"response": json.dumps({"[/]": "[b]"})} for r in rows(30)]
     too_long = [{"prompt": letter * 99, "response": "b"} for letter in "xy"]
     data = jsonl(tmp_path / "[" / "] [bold].jsonl", [*too_long, *records, "not json"])
+    (tmp_path / "[dim].gguf").touch()
     settings = job.Settings(
         data=str(data),
         run_dir=str(tmp_path / "run [/red]"),
-        model="[dim].gguf",
+        model=str(tmp_path / "[dim].gguf"),
         skip_bad_lines=True,
         evaluate_base=False,
         limit=10,
@@ -181,12 +200,13 @@ def test_a_single_file_is_scored_on_its_validation_lines(tmp_path, monkeypatch):
 )
 def test_what_cannot_work_is_said_before_the_slow_work_begins(tmp_path, monkeypatch, change, message):
     jsonl(tmp_path / "long.jsonl", [{"prompt": "a", "response": "b"}, {"prompt": "a" * 99, "response": "b"}] * 2)
-    monkeypatch.setattr(job, "perplexity", lambda *arguments: pytest.fail("the slow work began"))
+    monkeypatch.setattr(stages, "perplexity", lambda *arguments: pytest.fail("the slow work began"))
     change = {name: v.format(tmp=tmp_path) if isinstance(v, str) else v for name, v in change.items()}
     settings = job.Settings(**{"data": str(tmp_path / "long.jsonl"), "run_dir": str(tmp_path / "run")} | change)
     settings = dataclasses.replace(settings, evaluate_base=False)
     with pytest.raises(GemmaLoraError, match=message):
         run(monkeypatch, settings)
+    assert not (tmp_path / "run").exists()
 
 
 def no_model(source, **named):
@@ -194,14 +214,14 @@ def no_model(source, **named):
 
 
 def test_a_finished_run_is_shown_again_and_not_made_again(finished, monkeypatch):
-    monkeypatch.setattr(job, "load_gemma", no_model)
+    monkeypatch.setattr(stages, "load_gemma", no_model)
     console = Console(file=io.StringIO(), width=200)
     assert job.finetune(finished.settings, console) == json.loads((finished.dir / "metrics.json").read_text())
     assert all(row["prompt"] in console.file.getvalue() for row in rows(5, 5))
 
 
 def test_a_run_with_other_settings_is_kept(finished, monkeypatch):
-    monkeypatch.setattr(job, "load_gemma", no_model)
+    monkeypatch.setattr(stages, "load_gemma", no_model)
     before = (finished.dir / "metrics.json").read_bytes()
     with pytest.raises(GemmaLoraError, match="rank was 8, is 2.*--run-dir.*--overwrite"):
         job.finetune(dataclasses.replace(finished.settings, rank=2), Console(file=io.StringIO()))
@@ -210,7 +230,7 @@ def test_a_run_with_other_settings_is_kept(finished, monkeypatch):
 
 def test_a_command_that_failed_at_once_can_be_mended_and_run_again(tmp_path, monkeypatch):
     """What never began to work holds no folder: neither a wrong path nor a wrong model."""
-    monkeypatch.setattr(job, "load_gemma", no_model)
+    monkeypatch.setattr(stages, "load_gemma", no_model)
     settings = job.Settings(data=str(tmp_path / "none.jsonl"), run_dir=str(tmp_path / "run"))
     with pytest.raises(GemmaLoraError, match="not found"):
         job.finetune(settings, Console(file=io.StringIO()))
@@ -218,10 +238,84 @@ def test_a_command_that_failed_at_once_can_be_mended_and_run_again(tmp_path, mon
     for model in ("wrong", "right"):
         with pytest.raises(GemmaLoraError, match=f"{model}: the model was asked for"):
             job.finetune(dataclasses.replace(settings, model=model), Console(file=io.StringIO()))
+        assert not (tmp_path / "run").exists()
+
+
+class Enough(Exception):
+    """Raised where a test has seen what it came for."""
+
+
+@pytest.fixture
+def prepared(tmp_path, monkeypatch):
+    """Starts a job on some lines and stops it before anything is scored: gives its settings and what was shown."""
+
+    def start(count, instruction_tuned=False, overwrite=False, **named):
+        def load(source=None, **how):
+            model = small_model()
+            model.gemma_lora_instruction_tuned = instruction_tuned
+            return model
+
+        def before(model, dataset, tests, settings, console):
+            seen.append((settings, dataset.template))
+            raise Enough
+
+        seen: list = []
+        monkeypatch.setattr(stages, "load_gemma", load)
+        monkeypatch.setattr(stages, "answers_before", before)
+        data = jsonl(tmp_path / "lines.jsonl", rows(count))
+        settings = job.Settings(data=str(data), run_dir=str(tmp_path / "run"), **named)
+        console = Console(file=io.StringIO(), width=300)
+        with pytest.raises(Enough):
+            job.finetune(settings, console, overwrite=overwrite)
+        ((settings, template),) = seen
+        return settings, template, console.file.getvalue()
+
+    return start
+
+
+def test_fewer_lines_make_more_epochs_and_the_run_says_so(prepared, tmp_path):
+    settings, _, shown = prepared(40)
+    assert settings.epochs == 6 and "6 epochs, for there are" in shown and "--epochs" in shown
+    written = json.loads((tmp_path / "run" / "settings.json").read_text())
+    assert written["epochs"] is None and written["chosen"]["epochs"] == 6
+    settings, _, shown = prepared(40, epochs=2)
+    assert settings.epochs == 2 and "--epochs" not in shown
+
+
+def test_the_template_follows_the_weights_and_the_run_says_so(prepared):
+    _, template, shown = prepared(40)
+    assert template == Template.base() and "Template: '{prompt}\\n{response}<eos>' (the base model's" in shown
+    _, template, shown = prepared(40, instruction_tuned=True, row_length=500)
+    assert template == Template.gemma_chat() and "weights are instruction-tuned" in shown
+
+
+def test_overwrite_begins_anew_and_leaves_what_is_not_the_runs(prepared, tmp_path):
+    folder_ = tmp_path / "run"
+    (folder_ / "adapter").mkdir(parents=True)
+    mine = ["notes.txt", "adapter/notes.txt"]
+    for name in (*mine, *folder.RUN_FILES, "adapter/adapter_config.json"):
+        (folder_ / name).write_text("{}")
+    prepared(40, rank=3, overwrite=True)
+    left = sorted(str(path.relative_to(folder_)) for path in folder_.rglob("*") if path.is_file())
+    assert left == sorted([*mine, "settings.json"])
+    assert json.loads((folder_ / "settings.json").read_text())["rank"] == 3
+
+
+def test_the_dtype_that_was_asked_for_is_loaded(monkeypatch):
+    asked = []
+    monkeypatch.setattr(stages, "load_gemma", lambda source, **named: asked.append((source, named)))
+    settings = job.Settings(model="x", dtype="bfloat16", quantization="nf4", double_quant=True)
+    stages.load_model(settings, Console(file=io.StringIO()))
+    assert asked == [("x", {"dtype": "bfloat16", "quantization": "nf4", "double_quant": True})]
+
+
+def test_the_jobs_settings_are_the_projects():
+    assert job_package.Settings is job.Settings is settings_module.Settings
+    assert job_package.finetune is job.finetune and job_package.versions is job.versions
 
 
 def test_the_jobs_defaults_are_finetuners_but_for_what_is_faster():
     defaults = {name: p.default for name, p in inspect.signature(FineTuner).parameters.items()}
     settings = dataclasses.asdict(job.Settings())
     shared = set(defaults) & set(settings) - {"run_dir", "model"}
-    assert {name for name in shared if defaults[name] != settings[name]} == {"mixed_precision", "filter_gradient"}
+    assert {name for name in shared if defaults[name] != settings[name]} <= {"mixed_precision"}

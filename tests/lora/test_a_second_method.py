@@ -1,4 +1,4 @@
-"""A LoRA-like method is one module (`vera.py`): training, remat, mixed precision, packed bases, generation, KerasHub."""
+"""A LoRA-like method is one module (`vera.py`): training, remat, mixed precision, packed bases, generation."""
 
 from pathlib import Path
 

@@ -1,0 +1,159 @@
+"""The slow parts of a job: the model, its answers before, the training, its answers after.
+
+Importing this imports JAX and Keras; `finetuning.py` does so once settings, paths and data have been checked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from gemma_lora.base.files import write_json_atomic
+from gemma_lora.base.hardware import has_fast_bfloat16, machine, peak_memory_bytes, use_compilation_cache
+from gemma_lora.base.settings import MOST_NEW_TOKENS, Settings
+from gemma_lora.data.dataset import Dataset, Encoded, encode
+from gemma_lora.data.formats import Example
+from gemma_lora.data.templates import template_of, template_reason
+from gemma_lora.exchange.peft import save_adapter
+from gemma_lora.gemma.load import BUILTIN_NAME, BUILTIN_NOTE, load_gemma
+from gemma_lora.generation.engine import generate
+from gemma_lora.generation.evaluation import Scores, english_text, few_shot_template, perplexity, score
+from gemma_lora.job.folder import read_json
+from gemma_lora.job.report import progress_bar
+from gemma_lora.lora.apply import apply_lora
+from gemma_lora.training.epochs import default_epochs
+from gemma_lora.training.tuner import FineTuner
+
+#: The splits that the base model is scored on too, if the dataset has them.
+BASE_SPLITS = ("validation", "test", "test_unseen")
+_LORA = ("rank", "alpha", "targets", "dropout", "rslora", "dora", "seed")
+_TUNER = (
+    *("learning_rate", "warmup", "rows", "row_length", "chunk_size", "accumulate", "remat"),
+    *("mixed_precision", "filter_gradient", "checkpoint_seconds", "seed"),
+)
+
+Splits = dict[str, list[Example]]
+
+
+def load_model(settings: Settings, console: Console):
+    """The job's model, as `load_gemma` gives it."""
+    use_compilation_cache()
+    console.print(f"Loading {escape(settings.model)} …")
+    names = ("dtype", "quantization", "double_quant")
+    model = load_gemma(settings.model, **{name: getattr(settings, name) for name in names})
+    if settings.model == BUILTIN_NAME:
+        console.print(f"[dim]{BUILTIN_NOTE}[/]")
+    return model
+
+
+def with_template(dataset: Dataset, model, console: Console) -> Dataset:
+    """The dataset with the template that is used; says which that is, and why."""
+    console.print(template_reason(model, dataset.template), markup=False, highlight=False)
+    return dataclasses.replace(dataset, template=template_of(model, dataset.template))
+
+
+def encode_lines(dataset: Dataset, model, settings: Settings, console: Console) -> Encoded:
+    """The training lines as tokens: bad lines, too long ones among them, are found before the slow work begins."""
+    tokenizer, skip = model.preprocessor.tokenizer, settings.skip_bad_lines
+    encoded = encode(dataset.train, tokenizer, dataset.template, settings.row_length, skip_bad_lines=skip)
+    if encoded.skipped:
+        console.print(f"[yellow]{escape(encoded.skipped_summary)}[/]")
+    return encoded
+
+
+def choose(settings: Settings, encoded: Encoded, console: Console) -> tuple[Settings, dict[str, Any]]:
+    """What the settings leave open and this job decides.
+
+    Returns:
+        The settings with values in place of None, and those values by name.
+    """
+    chosen: dict[str, Any] = {}
+    if settings.epochs is None:
+        lines = len(encoded.tokens[: settings.limit])
+        chosen["epochs"] = default_epochs(lines)
+        passes = f"{chosen['epochs']} epoch{'s' if chosen['epochs'] > 1 else ''}"
+        console.print(f"{passes}, for there are {lines} training lines; --epochs sets another number.", highlight=False)
+    if settings.mixed_precision is None:
+        chosen["mixed_precision"] = has_fast_bfloat16()
+    if settings.max_new_tokens is None:  # a quarter more than the longest answer of train
+        longest = max(int(mask.sum()) for mask in encoded.loss_mask)
+        chosen["max_new_tokens"] = longest + longest // 4 + 1
+    return dataclasses.replace(settings, **chosen), chosen
+
+
+def answers_before(
+    model, dataset: Dataset, tests: Splits, settings: Settings, console: Console
+) -> tuple[dict[str, Scores], float]:
+    """The base model's scores and its perplexity; from `before.json` where a run that was stopped left them."""
+    path = Path(settings.run_dir) / "before.json"
+    if path.exists():
+        stored = read_json(path)
+        console.print("[dim]The base model's answers are from before.json.[/]")
+        return {name: Scores(**scores) for name, scores in stored["scores"].items()}, stored["english_perplexity"]
+    scores: dict[str, Scores] = {}
+    if settings.evaluate_base:
+        shown = few_shot_template(template_of(model, dataset.template), dataset.train[: settings.shots])
+        # What the base cannot do is seen on fewer lines, too; `count` in the scores says on how many.
+        main = {name: examples for name, examples in tests.items() if name in BASE_SPLITS} or tests
+        main = {name: examples[: settings.base_lines] for name, examples in main.items()}
+        scores = answer_all(model, main, shown, settings, console, f"base, {settings.shots} examples shown")
+    english = perplexity(model, english_text())
+    stored_scores = {name: dataclasses.asdict(value) for name, value in scores.items()}
+    write_json_atomic(path, {"scores": stored_scores, "english_perplexity": english})
+    return scores, english
+
+
+def train(model, dataset: Dataset, settings: Settings) -> tuple[list[dict[str, Any]], float]:
+    """Gives the model LoRA, trains it and saves the adapter.
+
+    Returns:
+        The training log's rows, and the seconds it took.
+    """
+    apply_lora(model, **{name: getattr(settings, name) for name in _LORA})
+    tuner = FineTuner(model, run_dir=settings.run_dir, **{name: getattr(settings, name) for name in _TUNER})
+    started = time.perf_counter()
+    epochs = settings.epochs or default_epochs(len(dataset.train[: settings.limit]))
+    tuner.fit(dataset, epochs=epochs, limit=settings.limit, skip_bad_lines=settings.skip_bad_lines)
+    seconds = time.perf_counter() - started
+    save_adapter(model, Path(settings.run_dir) / "adapter", template=dataset.template)
+    return (tuner.log.rows if tuner.log else []), seconds
+
+
+def answer_all(model, tests: Splits, template, settings: Settings, console: Console, what: str) -> dict[str, Scores]:
+    """Scores of every split. All are answered in one call: batches are full, and XLA compiles once."""
+    examples = [example for split in tests.values() for example in split]
+    with progress_bar(console, f"{', '.join(tests)}: {what}", len(examples)) as advance:
+        answers = generate(
+            model,
+            [example.prompt for example in examples],
+            template,
+            max_new_tokens=settings.max_new_tokens or MOST_NEW_TOKENS,
+            batch_size=settings.batch_size,
+            on_progress=advance,
+            mixed_precision=bool(settings.mixed_precision),
+        )
+    scores, start = {}, 0
+    for name, split in tests.items():
+        references = [example.response for example in split]
+        scores[name] = score(answers[start : start + len(split)], references)
+        start += len(split)
+    return scores
+
+
+def english_perplexity(model) -> float:
+    """How surprised the model is by plain English that has nothing to do with the task."""
+    return perplexity(model, english_text())
+
+
+def circumstances(settings: Settings) -> dict[str, Any]:
+    """What a run's metrics say about where it was made."""
+    return {
+        "peak_memory_bytes": peak_memory_bytes(),
+        "model_note": BUILTIN_NOTE if settings.model == BUILTIN_NAME else None,
+        "machine": machine(),
+    }
