@@ -13,6 +13,13 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 import pytest
 
 
+def pytest_collection_modifyitems(items):
+    """Whatever takes `real_gemma`, itself or through another fixture, needs the real weights."""
+    for item in items:
+        if "real_gemma" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.real)
+
+
 class CharacterTokenizer:
     """One token a character; control tokens as in Gemma. Enough of KerasHub's interface for our code."""
 

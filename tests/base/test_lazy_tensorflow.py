@@ -19,6 +19,7 @@ def run(script):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.real
 def test_loading_training_and_generating_leave_tensorflow_out(tmp_path):
     loaded, answer = run(f"""
 import gemma_lora as gl
@@ -46,6 +47,7 @@ print(json.dumps([before, as_lists, preprocessor.tokenizer(text)]))
 """
 
 
+@pytest.mark.real
 def test_what_needs_tensorflow_gets_it_and_gives_what_it_gives_with_tensorflow():
     lazy = run(f"""
 import numpy as np, gemma_lora as gl

@@ -258,6 +258,7 @@ def test_loading_packed_is_packing_after_loading(real_gemma):
         np.testing.assert_array_equal(np.asarray(found.parts[name]), part)
 
 
+@pytest.mark.real
 def test_a_file_of_floats_cannot_keep_its_blocks(monkeypatch):
     from gemma_lora.gemma import gguf as ours
 
