@@ -20,6 +20,7 @@ ALLOWED = {
     ("base/lazy_tensorflow.py", "module"): "KerasHub imports TensorFlow wherever it finds it; a stand-in waits there",
     ("layers/surgery.py", "tracker"): "Keras locks a built layer's list of sub-layers; to swap one, it is opened",
     ("layers/surgery.py", "computed"): "the swapped layer is set as the attribute that held the old one",
+    ("layers/surgery.py", "private"): "in a functional model the graph's nodes name the layer too",
     ("gemma/gguf.py", "computed"): "fields of a SentencePiece message, which is no Keras object",
 }
 
@@ -31,6 +32,7 @@ KINDS = {
     "deletion": "an object's attribute is deleted (`del x.y`)",
     "module": "a library's module is written (`keras.x = …`, `sys.modules[…] = …`)",
     "tracker": "Keras's lock of a built layer is touched (`x._tracker`)",
+    "private": "a private attribute of another object is set (`x._kernel = …`)",
     "computed": "an attribute with a computed name is set on another object (`setattr(x, name, …)`)",
 }
 LIBRARIES = ("keras", "keras_hub", "tensorflow", "tensorflow_text")
@@ -104,6 +106,8 @@ def _of_name(owner: ast.expr, attribute: str) -> Iterator[str]:
         yield "class"
     elif attribute in METHODS or (attribute.startswith("_compute") and not _is_self(owner)):
         yield "method"
+    elif attribute.startswith("_") and not attribute.endswith("__") and not _is_self(owner):
+        yield "private"
 
 
 def _of_deleted(target: ast.expr) -> Iterator[str]:
@@ -234,6 +238,9 @@ BAD = [
     ("module", "import sys\ndel sys.modules['tensorflow']"),
     ("tracker", "parent._tracker.unlock()"),
     ("tracker", "with_lock(layer._tracker)"),
+    ("private", "tensor._keras_history = history"),
+    ("private", "a, layer._kernel = 1, 2"),
+    ("private", "setattr(layer, '_kernel', 1)"),
     ("computed", "setattr(parent, attribute, layer)"),
 ]
 
@@ -251,7 +258,7 @@ def test_every_kind_has_a_control():
     "source",
     [
         "class A:\n    def call(self, x):\n        return x\n    __call__ = call",
-        "def g(self):\n    self.kernel = 1\n    self._compute_scale = 2\n    del self.cache\n    vars(self).pop('x')",
+        "def g(self):\n    self.kernel = 1\n    self._compute_scale = 2\n    self._kernel = 1\n    del self.cache\n    vars(self).pop('x')",
         "def g(self, name):\n    setattr(self, name, 1)\n    self._tracker.lock()",
         "state = vars(model).get('x')\nfor name, value in vars(layer).items():\n    pass",
         "import sys\nloaded = 'keras' in sys.modules\ndel names[0]\nnames['call'] = f",
