@@ -322,7 +322,10 @@ def test_there_is_a_bad_module_for_every_rule():
     [
         ("lora.x", "import json, keras_nlp_like\nfrom os import path\nfrom gemma_lora.lora import layer"),
         ("lora.x", "from gemma_lora.base.keras_on_jax import keras, ops\nfrom gemma_lora import __version__"),
-        ("layers.x", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import keras\n    import gemma_lora.lora"),
+        (
+            "layers.x",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import keras\n    import gemma_lora.lora",
+        ),
         ("gemma.x", "def _f():\n    import keras_hub\n    from gemma_lora.lora.layer import apply_lora"),
         ("gemma.x", "from gemma_lora.lora import layer\nlayer.base._kernel\nx._tracker\nlayer.__doc__"),
         ("job.x", "from gemma_lora.plots import loss_curve"),
@@ -337,7 +340,11 @@ def test_what_breaks_no_rule_is_left_alone(name, source):
 
 CIRCLES = [
     {"a": "import gemma_lora.b", "b": "import gemma_lora.a"},
-    {"a": "from gemma_lora import b", "b": "def f():\n    from gemma_lora.c import x", "c": "from gemma_lora.a import y"},
+    {
+        "a": "from gemma_lora import b",
+        "b": "def f():\n    from gemma_lora.c import x",
+        "c": "from gemma_lora.a import y",
+    },
     {"lora.layer": "from gemma_lora.base import x", "base.x": "def f():\n    from gemma_lora.lora import apply_lora"},
 ]
 

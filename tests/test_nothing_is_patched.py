@@ -258,7 +258,8 @@ def test_every_kind_has_a_control():
     "source",
     [
         "class A:\n    def call(self, x):\n        return x\n    __call__ = call",
-        "def g(self):\n    self.kernel = 1\n    self._compute_scale = 2\n    self._kernel = 1\n    del self.cache\n    vars(self).pop('x')",
+        "def g(self):\n    self.kernel = self._kernel = 1\n    self._compute_scale = 2",
+        "def g(self):\n    del self.cache\n    vars(self).pop('x')",
         "def g(self, name):\n    setattr(self, name, 1)\n    self._tracker.lock()",
         "state = vars(model).get('x')\nfor name, value in vars(layer).items():\n    pass",
         "import sys\nloaded = 'keras' in sys.modules\ndel names[0]\nnames['call'] = f",
