@@ -19,7 +19,7 @@ pytest.importorskip("babel")
 from babel import Locale  # noqa: E402
 from babel.numbers import get_currency_precision  # noqa: E402
 
-FOLDER = Path(__file__).resolve().parent.parent / "data" / "expenses"
+FOLDER = Path(__file__).resolve().parents[2] / "data" / "expenses"
 COUNTS = {
     "train": 6000,
     "validation": 300,
