@@ -13,11 +13,14 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 import pytest
 
 
+#: Markers that come with a fixture, whether a test takes it itself or through another: the real weights, a whole job.
+MARKERS = {"real_gemma": pytest.mark.real, "finished": pytest.mark.slow}
+
+
 def pytest_collection_modifyitems(items):
-    """Whatever takes `real_gemma`, itself or through another fixture, needs the real weights."""
     for item in items:
-        if "real_gemma" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.real)
+        for fixture in MARKERS.keys() & set(getattr(item, "fixturenames", ())):
+            item.add_marker(MARKERS[fixture])
 
 
 class CharacterTokenizer:

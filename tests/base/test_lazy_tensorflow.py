@@ -68,6 +68,7 @@ before = {LOADED}
     assert lazy[1][0][0][1 : 1 + len(tokens[0])] == tokens[0]
 
 
+@pytest.mark.slow
 def test_a_session_that_has_tensorflow_keeps_it():
     same, nothing_left = run("""
 import tensorflow
@@ -80,6 +81,7 @@ print(json.dumps([tensor_utils.tf is tensorflow, not isinstance(sys.modules["ten
     assert same and nothing_left
 
 
+@pytest.mark.slow
 def test_an_environment_without_tensorflow_is_told_so_by_keras_hub():
     message = run("""
 import importlib.util

@@ -13,6 +13,7 @@ from rich.console import Console
 from gemma_lora.course import traps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(traps.TRAPS))
 def test_the_trap_is_still_there(name):
     assert traps.TRAPS[name].still_there() is True
