@@ -15,7 +15,7 @@ NBVAL := --nbval $(NBVAL_OPTIONS)
 export KERAS_BACKEND := jax
 
 .DEFAULT_GOAL := help
-.PHONY: help env finetune test parity latest lint lab data pins clean
+.PHONY: help env finetune quick test parity latest lint lab data pins clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -42,6 +42,14 @@ finetune: $(VENV)/.runtime ## fine-tune Gemma 3 270M on data/expenses, with a re
 	@echo "Fine-tuning Gemma 3 270M on data/expenses. On two cores: about 12 minutes with the environment, 6 GB of memory, 0.3 GB of disk."
 	$(BIN)/gemma-lora finetune --data data/expenses --run-dir runs/expenses --limit $(LIMIT) $(ARGS)
 
+# What takes long or needs the real weights has a marker: see CONTRIBUTING.md. `make test` leaves nothing out.
+quick: env ## lint, types and the unit tests that need no real weights (two cores: 2 minutes, 4 GB of memory)
+	@echo "Lint, types, unit tests without real weights. On two cores: at most 2 minutes, 4 GB of memory."
+	$(BIN)/ruff check --quiet .
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --ignore tests/parity -m "not real and not slow"
+
 test: env ## unit tests, then every notebook under nbval (two cores: 40 minutes, 12 GB of memory)
 	@echo "Unit tests, then every notebook. On two cores: about 40 minutes, 12 GB of memory."
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --ignore tests/parity
@@ -66,14 +74,17 @@ latest: ## newest releases of everything, in a throw-away environment: lesson 12
 	rm -rf .venv-latest
 
 lint: env ## ruff (notebooks too) and mypy (1 minute)
+	@echo "ruff, notebooks too, and mypy: about 1 minute."
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-lab: env ## open JupyterLab at the lessons
+lab: env ## open JupyterLab at the lessons (until Ctrl-C; each lesson begins with its time and memory)
+	@echo "JupyterLab at the lessons, until Ctrl-C. Each lesson begins with its time and memory."
 	$(BIN)/jupyter lab notebooks
 
 data: env ## rebuild data/expenses and compare checksums (1 minute)
+	@echo "Rebuilding data/expenses and comparing checksums: about 1 minute."
 	$(BIN)/python data/expenses/prepare.py --check
 
 pins: ## write constraints.txt anew from the newest versions that pyproject.toml allows (5 minutes)
@@ -86,5 +97,6 @@ pins: ## write constraints.txt anew from the newest versions that pyproject.toml
 	mv constraints.txt.tmp constraints.txt
 	rm -rf .venv-pins
 
-clean: ## remove the environment (runs stay)
+clean: ## remove the environment (runs stay; making it again takes 3 minutes)
+	@echo "Removing the environment; runs stay. Making it again takes about 3 minutes."
 	rm -rf $(VENV) .venv-pins .venv-latest

@@ -2,6 +2,7 @@
 
 `from gemma_lora import nf4`, `import gemma_lora.nf4` and `from gemma_lora.nf4 import quantize` all give the module
 that stands in `MOVED`. Names that are folders today (`lora`, `data`, `quantization`, …) hand on what they held.
+`tests/test_layering.py` tries each; the names that the old modules had are in `tests/old_names.json`.
 """
 
 from __future__ import annotations

@@ -12,6 +12,15 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import pytest
 
+#: Markers that come with a fixture, whether a test takes it itself or through another: the real weights, a whole job.
+MARKERS = {"real_gemma": pytest.mark.real, "finished": pytest.mark.slow}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        for fixture in MARKERS.keys() & set(getattr(item, "fixturenames", ())):
+            item.add_marker(MARKERS[fixture])
+
 
 class CharacterTokenizer:
     """One token a character; control tokens as in Gemma. Enough of KerasHub's interface for our code."""

@@ -185,8 +185,8 @@ def functions(notebook: dict) -> dict[str, str]:
     return {ast.dump(node): node.name for node in nodes if isinstance(node, kinds)}
 
 
-def shared_functions(one: dict, other: dict) -> list[str]:
-    first, second = functions(one), functions(other)
+def shared(first: dict[str, str], second: dict[str, str]) -> list[str]:
+    """The names of what both define, of two notebooks' `functions`."""
     return [first[text] for text in first if text in second]
 
 
@@ -207,8 +207,8 @@ def test_every_link_to_a_file_leads_somewhere():
 
 
 def test_no_function_is_copied_from_notebook_to_notebook():
-    read_once = {str(path.relative_to(ROOT)): read(path) for path in NOTEBOOKS}
-    copies = {(a, b): shared_functions(read_once[a], read_once[b]) for a, b in combinations(read_once, 2)}
+    defined = {str(path.relative_to(ROOT)): functions(read(path)) for path in NOTEBOOKS}
+    copies = {(a, b): shared(defined[a], defined[b]) for a, b in combinations(defined, 2)}
     assert {pair: names for pair, names in copies.items() if names} == {}
 
 
@@ -327,8 +327,8 @@ def test_a_link_to_nothing_is_caught(tmp_path, link):
 def test_a_copied_function_is_caught_wherever_it_stands():
     body = "def f(x):\n    return x + 1\n"
     one, other = notebook(code("%time\n" + body)), notebook(code("y = 2\n\n\n" + body + "z = 3"))
-    assert shared_functions(one, other) == ["f"]
-    assert shared_functions(one, notebook(code(body.replace("1", "2")))) == []
+    assert shared(functions(one), functions(other)) == ["f"]
+    assert shared(functions(one), functions(notebook(code(body.replace("1", "2"))))) == []
 
 
 # --- what nbval is told to overlook ------------------------------------------------------------------------

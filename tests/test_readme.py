@@ -1,4 +1,4 @@
-"""README's tables are those of benchmarks/results, and its links lead somewhere."""
+"""README's tables are those of benchmarks/results; the links of every page lead somewhere."""
 
 import json
 import re
@@ -77,6 +77,46 @@ def test_methods_show_the_best_rate_the_spread_of_seeds_and_a_dash_for_what_was_
     ]
 
 
-def test_links_to_files_lead_somewhere():
-    targets = [target for target in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in target]
-    assert targets and all((ROOT / target).exists() for target in targets)
+# --- links -------------------------------------------------------------------------------------------------
+
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md"), *ROOT.glob("data/*/*.md")])
+
+
+def anchors(text: str) -> set[str]:
+    """The names that a page's headings have as targets of links."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def broken_links(text: str, folder: Path) -> list[str]:
+    """Links of a page in `folder` to files or headings that are not there; those to other sites are not tried."""
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        target, _, anchor = link.partition("#")
+        if re.match(r"[a-z][a-z0-9+.-]*:", link):
+            continue
+        path = folder / target
+        if target and (target.startswith("/") or not path.exists()):
+            broken.append(link)
+        elif anchor and (not target or path.suffix == ".md"):
+            there = path.read_text(encoding="utf-8") if target else text
+            broken += [link] * (anchor not in anchors(there))
+    return broken
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page):
+    assert broken_links(page.read_text(encoding="utf-8"), page.parent) == []
+
+
+def test_the_pages_are_those_that_users_open():
+    names = {page.relative_to(ROOT).as_posix() for page in PAGES}
+    assert {"README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/design.md", "benchmarks/README.md"} <= names
+
+
+@pytest.mark.parametrize("link", ["no_such_file.md", "README.md#no-such-heading", "#no-such-heading", "/README.md"])
+def test_a_link_to_nothing_is_found(link):
+    assert broken_links(
+        f"# A heading\n[a](https://x.org) [b](README.md#how-fast) [c](#a-heading) [d]({link})", ROOT
+    ) == [link]

@@ -19,6 +19,7 @@ def run(script):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.real
 def test_loading_training_and_generating_leave_tensorflow_out(tmp_path):
     loaded, answer = run(f"""
 import gemma_lora as gl
@@ -46,6 +47,7 @@ print(json.dumps([before, as_lists, preprocessor.tokenizer(text)]))
 """
 
 
+@pytest.mark.real
 def test_what_needs_tensorflow_gets_it_and_gives_what_it_gives_with_tensorflow():
     lazy = run(f"""
 import numpy as np, gemma_lora as gl
@@ -66,6 +68,7 @@ before = {LOADED}
     assert lazy[1][0][0][1 : 1 + len(tokens[0])] == tokens[0]
 
 
+@pytest.mark.slow
 def test_a_session_that_has_tensorflow_keeps_it():
     same, nothing_left = run("""
 import tensorflow
@@ -78,6 +81,7 @@ print(json.dumps([tensor_utils.tf is tensorflow, not isinstance(sys.modules["ten
     assert same and nothing_left
 
 
+@pytest.mark.slow
 def test_an_environment_without_tensorflow_is_told_so_by_keras_hub():
     message = run("""
 import importlib.util

@@ -34,6 +34,7 @@ def loading(monkeypatch, gemma, tokenizer):
     monkeypatch.setattr(gl, "load_gemma", load)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method", ["full", "lora_qv_4", "dora_all", "rslora_all", "houlsby", "int8_keras", "nf4_dq", "int4"]
 )
@@ -62,6 +63,7 @@ def test_a_method_trains_what_its_name_says(methods, loading, method):
     assert moved <= {v.path for v in model.trainable_variables} and moved
 
 
+@pytest.mark.slow
 def test_a_run_is_scored_on_the_way_with_the_weights_of_that_step(methods, loading, monkeypatch):
     from gemma_lora.generation import evaluation
 
@@ -181,6 +183,7 @@ def test_a_larger_set_of_lines_holds_the_smaller_ones_of_its_seed(benchmark_scri
     assert large[:10] == small != other and len(set(large)) == 50
 
 
+@pytest.mark.slow
 def test_a_smaller_vocabulary_changes_no_hidden_state(benchmark_script, gemma):
     scaling = benchmark_script("scaling")
     small = scaling.with_vocabulary(gemma, 64)

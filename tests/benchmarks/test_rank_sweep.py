@@ -24,6 +24,7 @@ def model(gemma, tokenizer):
     return gemma
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["rank-4-qv", "rank-4-all", "rate-full-0.0005"])
 def test_a_run_trains_what_its_name_says(sweep, model, name):
     lines = [{"prompt": f"a{i}", "response": f"b{i % 7}"} for i in range(60)]

@@ -59,6 +59,7 @@ def test_the_parts_are_the_topics(texts):
 # --- the model ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [NormLinear, BitLinear])
 def test_a_byte_is_predicted_from_earlier_ones_only(kind):
     model, rng = small(kind), np.random.default_rng(0)
@@ -107,6 +108,7 @@ def test_heads_must_divide_the_width():
 # --- training and measuring --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_and_two_runs_agree(texts):
     seen, runs = [], []
     for _ in range(2):
@@ -118,6 +120,7 @@ def test_training_lowers_the_loss_and_two_runs_agree(texts):
     assert np.allclose(*runs, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_first_step_is_a_step_of_adam(texts):
     """Adam's first step moves each weight by the learning rate, with the gradient's sign."""
     model = small()
@@ -154,6 +157,7 @@ def test_a_model_sure_of_itself_writes_what_it_is_sure_of():
     assert write_on(model, "abc", 6) == "abcdefghi"
 
 
+@pytest.mark.slow
 def test_nothing_here_imports_tensorflow():
     import os
     import subprocess

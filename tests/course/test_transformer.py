@@ -60,10 +60,12 @@ def assert_same_model(model, ids, tolerance):
 # --- equal to KerasHub -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_tiny_model_is_kerashubs(gemma):
     assert_same_model(gemma, LONG, 2e-6)
 
 
+@pytest.mark.slow
 def test_the_tiny_models_attention_is_kerashubs(gemma):
     short = LONG[:8]  # the unit matrix must fit into the head's 8 numbers; still longer than the window
     output, states = assert_same_model(gemma, short, 2e-6)

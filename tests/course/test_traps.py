@@ -15,6 +15,7 @@ from gemma_lora.course import traps
 from gemma_lora.gemma.forward import hidden_states
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(traps.TRAPS))
 def test_the_trap_is_still_there(name):
     assert traps.TRAPS[name].still_there() is True

@@ -321,6 +321,7 @@ def test_vague_signs_stand_beside_a_stated_currency():
                     assert stated == answer["currency"] and stated in group, prompt
 
 
+@pytest.mark.slow
 def test_rebuilding_gives_the_stored_bytes(prepare, built):
     sums = dict(reversed(line.split()) for line in (FOLDER / "SHA256SUMS").read_text().splitlines())
     readme = (FOLDER / "README.md").read_text("utf-8")
@@ -341,6 +342,7 @@ def test_babel_state_does_not_change_the_lines(prepare, built):
     assert [maker.make().prompt for _ in range(300)] == [line.prompt for line in built["train"][:300]]
 
 
+@pytest.mark.slow
 def test_check_finds_a_changed_file(prepare, tmp_path, capsys):
     assert prepare.main(["--output", str(tmp_path)]) == 0
     with (tmp_path / "test.jsonl").open("a") as stream:

@@ -62,6 +62,7 @@ def test_hardly_a_place_is_empty():
     assert len(batches) <= 1.01 * -(-sum(lengths - 1) // 384)
 
 
+@pytest.mark.slow
 def test_packed_loss_and_gradient_equal_those_alone(any_gemma):
     tokens, masks = examples()
     lora.apply_lora(any_gemma, rank=2, targets="all-linear")
@@ -94,6 +95,7 @@ def test_packed_loss_and_gradient_equal_those_alone(any_gemma):
         np.testing.assert_allclose(ours, theirs, atol=1e-5 * max(1.0, float(np.abs(theirs).max())))
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_keras_hubs_own_model(any_gemma):
     """Mask, attention, norms, rotations and activation of ours, value and gradient by every weight."""
     ids = np.arange(20).reshape(2, 10) + 5

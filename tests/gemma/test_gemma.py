@@ -178,6 +178,7 @@ def test_the_pinned_packages_are_those_of_the_project():
 # --- presets -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_saved_preset_folder_loads_back(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     write_gguf(tmp_path / "tiny.gguf")

@@ -411,6 +411,7 @@ def test_a_file_replaced_by_another_of_its_size_gives_the_new_content(file, keep
 # --- the built-in weights ----------------------------------------------------------------------------------
 
 
+@pytest.mark.real
 def test_each_quantization_type_of_the_builtin_weights_is_decoded_as_the_gguf_library_does(monkeypatch):
     from gemma_lora.gemma.load import builtin_gguf
 

@@ -53,6 +53,7 @@ def test_few_shot_shows_the_examples_and_ends_at_the_line():
     assert shown.stop == ("<eos>", "\n")
 
 
+@pytest.mark.slow
 def test_perplexity_is_the_exponential_of_the_mean(gemma, tokenizer):
     class Preprocessor:
         pass
@@ -86,6 +87,7 @@ def model(gemma, tokenizer):
     return gemma
 
 
+@pytest.mark.slow
 def test_what_the_model_would_write_itself_matches_and_one_other_character_does_not(model):
     prompts = ["abc", "12 May", "x", "hello", "zz"]
     answers = gl.generate(model, prompts, PLAIN, max_new_tokens=6)
@@ -100,6 +102,7 @@ def test_what_the_model_would_write_itself_matches_and_one_other_character_does_
     assert teacher_forced(model, mixed, PLAIN).exact_match == pytest.approx(2 / 5)
 
 
+@pytest.mark.slow
 def test_the_loss_is_the_mean_over_answer_tokens_of_examples_alone(model, tokenizer):
     examples = [Example("abc", "de"), Example("x", "yzwv"), Example("12", "3")]
     losses = []
@@ -113,6 +116,7 @@ def test_the_loss_is_the_mean_over_answer_tokens_of_examples_alone(model, tokeni
     assert teacher_forced(model, examples, PLAIN).loss == pytest.approx(np.mean(losses), abs=2e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [2, 3, 4])
 def test_rows_scored_together_score_as_alone(model, monkeypatch, rows):
     prompts = ["abc", "12 May", "x", "hello", "zz"]

@@ -39,6 +39,7 @@ def naive(model, prompt, stop_ids, max_new_tokens, length=96, logits=None):
     return ids[len(prompt) :]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shared", [0, 40])
 def test_equals_the_naive_loop(any_gemma, shared):
     rng = np.random.default_rng(1)
@@ -50,6 +51,7 @@ def test_equals_the_naive_loop(any_gemma, shared):
         assert answer.tolist() == naive(any_gemma, prompt, [1, 7], 18)
 
 
+@pytest.mark.slow
 def test_layers_without_a_window_have_rotations_of_their_own():
     model = tiny_gemma(3, layers=6)  # Gemma 3's sixth is the first of them
     kinds = {(b.attention.rope_layer.max_wavelength, b.use_sliding_window_attention) for b in blocks(model)}
@@ -59,6 +61,7 @@ def test_layers_without_a_window_have_rotations_of_their_own():
         assert answer.tolist() == naive(model, prompt, [1], 9)
 
 
+@pytest.mark.slow
 def test_answers_may_be_long():
     """Longer than twice what the compiled program makes at a time, so that what it has put away is read."""
     gemma = tiny_gemma(1)  # without a window
@@ -68,6 +71,7 @@ def test_answers_may_be_long():
         assert answer.tolist() == naive(gemma, prompt, [1], 40)
 
 
+@pytest.mark.slow
 def test_mixed_precision_makes_the_tokens_of_the_rounded_model(any_gemma, monkeypatch):
     """`FineTuner` rounds the same kernels while training; there everything is computed anew for each token."""
     any_gemma.backbone.trainable = False
@@ -103,6 +107,7 @@ def test_mixed_precision_rounds_every_product_with_frozen_weights(gemma, adapter
     assert (rounded(False), rounded(True)) == (0, 7 * len(blocks(gemma)) + 1)  # and the head
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["lora", "int8"])
 def test_mixed_precision_leaves_layers_with_keras_own_changes_alone(how):
     gemma = tiny_gemma(3)
@@ -123,6 +128,7 @@ def test_mixed_precision_leaves_layers_with_keras_own_changes_alone(how):
         assert answer.tolist() == naive(gemma, prompt, [1], 3)
 
 
+@pytest.mark.slow
 def test_a_second_call_compiles_nothing_and_sees_what_has_changed(gemma):
     def answers(**named):
         return [a.tolist() for a in generation.generate_tokens(gemma, PROMPTS, [1], 9, **named)]
@@ -152,6 +158,7 @@ def test_a_second_call_compiles_nothing_and_sees_what_has_changed(gemma):
     assert answers() == adapted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("generate", [False, True])
 def test_the_kernels_that_packing_replaces_are_not_kept(gemma, generate):
     if generate:
@@ -198,6 +205,7 @@ def test_the_model_is_as_it_was(gemma, monkeypatch):
     assert state() == before
 
 
+@pytest.mark.slow
 def test_an_adapter_counts_as_in_the_naive_loop(gemma):
     """The update is added to copies of the kernels for generation; here it is kept apart."""
     base = generation.generate_tokens(gemma, PROMPTS, [1], 9)
@@ -210,6 +218,7 @@ def test_an_adapter_counts_as_in_the_naive_loop(gemma):
     assert any(a.tolist() != b.tolist() for a, b in zip(answers, base, strict=True))
 
 
+@pytest.mark.slow
 def test_stops_at_every_stop_token(gemma):
     prompts = [np.array([5, 9, 11], "int32")]
     free = generation.generate_tokens(gemma, prompts, [1], 12)[0]

@@ -143,6 +143,7 @@ def test_updates_are_rounded_while_training_only(gemma, monkeypatch, packed):
     assert len(formed) == len(lora.lora_layers(gemma))
 
 
+@pytest.mark.slow
 def test_validation_is_in_float32_even_when_merged(gemma):
     """The loss that `evaluate` gives does not depend on how the model is trained."""
     lora.apply_lora(gemma, rank=2, targets="all-linear")

@@ -38,6 +38,7 @@ def step_of(remat, layers, mixed_precision=False):
     return compiled(values[0]), compiled.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mixed_precision", [False, True])
 def test_values_and_gradients_are_the_plain_ones(mixed_precision):
     (loss, gradients), _ = step_of(False, 2, mixed_precision)
@@ -50,6 +51,7 @@ def test_values_and_gradients_are_the_plain_ones(mixed_precision):
         np.testing.assert_allclose(one, other, atol=tolerance * scale)
 
 
+@pytest.mark.slow
 def test_memory_hardly_grows_with_depth():
     (_, shallow), (_, deep) = step_of(False, 2), step_of(False, 6)
     (_, remat_shallow), (_, remat_deep) = step_of(True, 2), step_of(True, 6)
@@ -57,6 +59,7 @@ def test_memory_hardly_grows_with_depth():
     assert remat_deep - remat_shallow < 0.25 * (deep - shallow)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["nf4", "int8", None])
 def test_what_is_made_of_kernels_is_not_kept_between_the_passes(scheme):
     """Twelve blocks of 512 x 512, 1 MiB each decoded or copied, on four tokens: both passes need a few at a time."""

@@ -308,6 +308,7 @@ def test_lora_and_adapters_stand_together(gemma):
     np.testing.assert_allclose(gemma.backbone(X), with_both, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_generation_is_the_models_own_forward(any_gemma):
     filled(adapters.apply_adapters(any_gemma, 3), 1.0)
     prompts = [np.array([5, 9, 11], "int32"), np.array([40, 41, 42, 43, 44], "int32")]
@@ -342,6 +343,7 @@ def words():
     return load_dataset(RECORDS, template=Template("{prompt}:", "{response}<eos>"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [{}, {"remat": True}, {"mixed_precision": True}], ids=str)
 def test_fine_tuner_trains_the_adapters_alone(gemma, tokenizer, more):
     tuner = tuner_for(gemma, tokenizer, **more)
@@ -354,6 +356,7 @@ def test_fine_tuner_trains_the_adapters_alone(gemma, tokenizer, more):
     assert all(np.any(np.asarray(v) != w) for v, w in zip(gemma.trainable_variables, start, strict=True))
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_to_the_same_weights(tmp_path, tokenizer):
     whole = tuner_for(tiny_gemma(), tokenizer)
     whole.fit(words(), verbose=0)
@@ -367,6 +370,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(tmp_path, tokenizer)
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_bottleneck_is_refused_with_a_message(tmp_path, tokenizer):
     tuner_for(tiny_gemma(), tokenizer, run_dir=tmp_path).fit(words(), verbose=0)
     with pytest.raises(GemmaLoraError, match="another model"):

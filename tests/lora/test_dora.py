@@ -69,6 +69,7 @@ def test_an_update_that_takes_columns_away_leaves_no_negative_squares():
 # --- values ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("rslora", [False, True])
 def test_einsum_output_is_the_equation_and_merging_and_back(case, rslora):
@@ -287,6 +288,7 @@ def one_step(model, **named):
     return loss, [np.asarray(v) - old for v, old in zip(tuner.trainable_variables, before, strict=True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("generation", [1, 2, 3])
 def test_remat_changes_nothing(generation):
     (loss, steps), (again, recomputed) = (one_step(tiny_gemma(generation), remat=flag) for flag in (False, True))
@@ -295,6 +297,7 @@ def test_remat_changes_nothing(generation):
         np.testing.assert_allclose(one, other, atol=2e-5 * max(np.abs(other).max(), 1))
 
 
+@pytest.mark.slow
 def test_mixed_precision_points_where_float32_does(gemma):
     (loss, steps), (again, mixed) = one_step(tiny_gemma()), one_step(gemma, mixed_precision=True)
     assert again == pytest.approx(loss, rel=1e-2) and again != loss
@@ -302,6 +305,7 @@ def test_mixed_precision_points_where_float32_does(gemma):
     assert 0.999 < one @ other / np.linalg.norm(one) / np.linalg.norm(other) < 1 - 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("generation", [1, 2, 3])
 def test_generation_is_that_of_the_merged_model(generation):
     model = tiny_gemma(generation)

@@ -196,6 +196,7 @@ def test_inputs_are_themselves_again_after_an_error():
     np.testing.assert_array_equal(model(x), plain)
 
 
+@pytest.mark.slow
 def test_every_linear_layer_of_a_gemma_has_its_input_mapped_under_jit(gemma):
     tokens = {"token_ids": np.arange(12).reshape(2, 6), "padding_mask": np.ones((2, 6), np.int32)}
     seen = []

@@ -51,6 +51,7 @@ def gradients(model, dora=False):
     return jax.value_and_grad(loss)([v.value for v in trained], [v.value for v in frozen])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("scheme, double_quant", SCHEMES)
 def test_a_packed_model_is_the_model_with_the_decoded_weights(scheme, double_quant, dora):
@@ -66,6 +67,7 @@ def test_a_packed_model_is_the_model_with_the_decoded_weights(scheme, double_qua
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * float(np.abs(b).max()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("generation", [1, 2])
 def test_gemma_1_and_2_are_packed_too(generation):
     model = qlora.quantize_base(tiny_gemma(generation), "int8")
@@ -106,6 +108,7 @@ LINES = [{"prompt": f"a{i}", "response": f"b{i % 7}"} for i in range(24)]
 PLAIN = Template(prompt="{prompt}=", response="{response}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("more", [{"remat": True}, {"mixed_precision": True, "accumulate": 2}], ids=str)
 def test_fine_tuner_lowers_the_loss_and_leaves_the_codes(small, more, dora):
@@ -118,6 +121,7 @@ def test_fine_tuner_lowers_the_loss_and_leaves_the_codes(small, more, dora):
     assert all(np.array_equal(a, v) for a, v in zip(before, model.non_trainable_variables, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dora", [False, True])
 def test_remat_gives_the_same_losses(small, dora):
     runs = []
@@ -128,6 +132,7 @@ def test_remat_gives_the_same_losses(small, dora):
     np.testing.assert_allclose(*runs, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_and_other_encodings_are_refused(small, tmp_path):
     def run(model, **named):
         tuner = gl.FineTuner(model, tmp_path, learning_rate=1e-2, rows=1, row_length=24, checkpoint_seconds=0)
@@ -141,6 +146,7 @@ def test_a_stopped_run_goes_on_and_other_encodings_are_refused(small, tmp_path):
         run(small(dora=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dora", [False, True])
 def test_generation_is_that_of_the_decoded_model(small, tokenizer, dora):
     model = small(dora=dora)
@@ -151,6 +157,7 @@ def test_generation_is_that_of_the_decoded_model(small, tokenizer, dora):
     assert gl.generate(model, ["a1", "a23"], PLAIN, max_new_tokens=12) == found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dora", [False, True])
 def test_an_adapter_goes_to_a_folder_and_back(small, tmp_path, dora):
     model = small(dora=dora)
@@ -162,6 +169,7 @@ def test_an_adapter_goes_to_a_folder_and_back(small, tmp_path, dora):
     np.testing.assert_allclose(other.backbone(INPUTS), tuned, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dora", [False, True])
 def test_merging_asks_for_plain_weights_and_is_then_exact(small, dora):
     model = small("int4", dora)
@@ -180,6 +188,7 @@ def test_merging_asks_for_plain_weights_and_is_then_exact(small, dora):
         qlora.dequantize_base(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dora", [False, True])
 def test_merging_error_is_the_rounding_of_the_sum(small, dora):
     model = small("int8", dora)
@@ -203,6 +212,7 @@ def test_bad_schemes_are_named(named):
         qlora.quantize_base(tiny_gemma(), **named)
 
 
+@pytest.mark.slow
 def test_a_second_quantization_and_one_after_lora_are_refused():
     model = qlora.quantize_base(tiny_gemma(), "int8")
     with pytest.raises(gl.GemmaLoraError, match="already"):
@@ -258,6 +268,7 @@ def test_loading_packed_is_packing_after_loading(real_gemma):
         np.testing.assert_array_equal(np.asarray(found.parts[name]), part)
 
 
+@pytest.mark.real
 def test_a_file_of_floats_cannot_keep_its_blocks(monkeypatch):
     from gemma_lora.gemma import gguf as ours
 

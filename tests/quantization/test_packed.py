@@ -89,6 +89,7 @@ def test_gguf_blocks_are_not_made_here():
 # --- the product --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mixed, tolerance", [(False, 1e-5), (True, 2e-2)])
 def test_product_and_gradient_are_those_of_the_decoded_matrix(mixed, tolerance):
     for encoding in encodings((24, 64)):

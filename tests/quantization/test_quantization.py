@@ -232,6 +232,7 @@ def test_the_value_is_the_same_while_a_gradient_is_asked_for(symmetric, groups):
     np.testing.assert_allclose(value, dequantize(quantize(x, 4, symmetric, **groups)), rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_the_gradient_is_one_inside_and_zero_outside(symmetric):
     x = jnp.array([-9.0, -2.1, -1.9, 0.0, 0.37, 1.9, 2.1, 9.0])
@@ -251,6 +252,7 @@ def test_nothing_is_clipped_by_minmax_so_every_gradient_is_one(groups):
         np.testing.assert_array_equal(gradient, 1.0)
 
 
+@pytest.mark.slow
 def test_training_learns_through_fake_quantization():
     target = fake_quantize(samples((8,), seed=3), 4, value_range=(-0.1, 0.1))
 

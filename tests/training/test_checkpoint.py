@@ -65,6 +65,7 @@ def whole(tmp_path_factory):
     return train(tmp_path_factory.mktemp("whole"))
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_and_ends_with_the_same_bits(tmp_path, whole, capsys):
     for step in (2, 1):
         with pytest.raises(KeyboardInterrupt):
@@ -80,6 +81,7 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_bits(tmp_path, whole, caps
     np.testing.assert_allclose([row["loss"] for row in rows], [row["loss"] for row in whole.log.rows], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_doras_magnitude_goes_on_too(tmp_path):
     right = train(tmp_path / "whole", dora=True)
     with pytest.raises(KeyboardInterrupt):

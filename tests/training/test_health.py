@@ -47,12 +47,14 @@ def sound():
     return gemma_with_lora()
 
 
+@pytest.mark.slow
 def test_a_sound_training_passes_every_check(sound):
     found = health.check(sound, traps.random_rows(rows=2))
     assert [str(finding) for finding in found if not finding.fine] == []
     assert len(found) == 5 and all(str(finding).startswith("✓ ") for finding in found)
 
 
+@pytest.mark.slow
 def test_the_model_and_its_optimizer_are_given_back(sound):
     batch = traps.random_rows()
     sound.train_on_batch(*batch)
@@ -65,6 +67,7 @@ def test_the_model_and_its_optimizer_are_given_back(sound):
     assert int(sound.optimizer.iterations) == 1
 
 
+@pytest.mark.slow
 def test_it_looks_at_a_fine_tuner_too():
     model = apply_lora(with_large_logits(tiny_gemma()), rank=8, targets="all-linear")
     tuner = FineTuner(model, mixed_precision=False)
@@ -79,6 +82,7 @@ def test_it_looks_at_a_fine_tuner_too():
 # --- trains what it should ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_weight_that_should_be_frozen_is_named():
     model = gemma_with_lora()
     model.backbone.layer_norm.trainable = True
@@ -87,6 +91,7 @@ def test_a_weight_that_should_be_frozen_is_named():
     assert not finding.fine and "final_normalization" in finding.says and "should not" in finding.says
 
 
+@pytest.mark.slow
 def test_factors_that_are_both_zero_are_named():
     model = gemma_with_lora()
     for weight in model.trainable_weights:

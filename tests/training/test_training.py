@@ -32,6 +32,7 @@ def dataset():
     return load_dataset(RECORDS, template=Template("{prompt}:", "{response}<eos>"))
 
 
+@pytest.mark.slow
 def test_fit_learns_logs_and_leaves_the_base_alone(tmp_path, gemma, tokenizer, dataset):
     tuner = tuner_for(gemma, tokenizer, run_dir=tmp_path, learning_rate=2e-2)
     frozen = {v.path: np.asarray(v) for v in gemma.non_trainable_variables}
@@ -45,6 +46,7 @@ def test_fit_learns_logs_and_leaves_the_base_alone(tmp_path, gemma, tokenizer, d
     assert all(np.any(layer.lora_b) for layer in lora.lora_layers(gemma))
 
 
+@pytest.mark.slow
 def test_logged_loss_is_each_steps_own(gemma, tokenizer, dataset):
     tuner = tuner_for(gemma, tokenizer)
     tuner.compile(keras.optimizers.SGD(0.0))  # nothing moves: each batch's loss can be computed apart
@@ -54,6 +56,7 @@ def test_logged_loss_is_each_steps_own(gemma, tokenizer, dataset):
     np.testing.assert_allclose(logged, alone, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_frozen_weights_are_never_copied(gemma, tokenizer, dataset):
     tuner = tuner_for(gemma, tokenizer)
     tuner.compile_for(5)
@@ -78,6 +81,7 @@ def test_optimizer_holds_nothing_for_frozen_weights(gemma, tokenizer):
     assert states < 2 * trainable + 10
 
 
+@pytest.mark.slow
 def test_takes_kerashubs_arrays(gemma, tokenizer):
     tuner = tuner_for(gemma, tokenizer)
     tuner.compile("adam")
@@ -131,6 +135,7 @@ def step_once(model, pairs, accumulate):
     return [np.asarray(v) for v in tuner.trainable_variables]
 
 
+@pytest.mark.slow
 def test_accumulated_batches_make_the_step_of_one_large_batch():
     x, y, weights = batch_pair()
     batches = [Batch(a["token_ids"], a["padding_mask"], b, w, 2) for a, b, w in zip(x, y, weights, strict=True)]
@@ -144,6 +149,7 @@ def test_accumulated_batches_make_the_step_of_one_large_batch():
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_validations_loss_is_a_mean_however_many_batches_make_a_step(gemma):
     x, y, weights = batch_pair()
     lora.apply_lora(gemma, rank=2)
@@ -163,6 +169,7 @@ def test_a_last_step_of_fewer_batches_is_filled_up_with_nothing():
     np.testing.assert_allclose(shared[2].weights.sum(), 2.0, rtol=1e-6)  # all of the step, times 2 for the average
 
 
+@pytest.mark.slow
 def test_remat_changes_memory_and_nothing_else(any_gemma):
     x, y, weights = batch_pair()
     lora.apply_lora(any_gemma, rank=2, targets="all-linear")
