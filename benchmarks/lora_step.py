@@ -102,7 +102,7 @@ def run_ours(peer: str, repeats: int, count: int) -> dict:
 
     model = gl.load_gemma()
     encoded, stream = lines(count, model.preprocessor.tokenizer)
-    gl.apply_lora(model, rank=RANK)
+    gl.apply_lora(model, rank=RANK, targets=("query", "value"))
     named = {"mixed_precision": peer == "ours_mixed", "remat": peer == "ours_remat", "chunk_size": 256}
     named["filter_gradient"] = peer in ("ours_mixed", "ours_filtered")
     tuner = gl.FineTuner(model, rows=ROWS, row_length=LENGTH, **named)

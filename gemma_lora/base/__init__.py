@@ -18,6 +18,8 @@ _MODULES: dict[str, list[str]] = {
         "memory_bytes",
         "machine",
         "has_fast_bfloat16",
+        "Choice",
+        "choose",
         "use_compilation_cache",
         "compiler_options",
         "Program",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import functools
 import os
 import platform
@@ -54,14 +55,68 @@ def _processor() -> str:
 
 
 def has_fast_bfloat16() -> bool:
-    """Whether products of bfloat16 numbers are faster here than of float32: accelerators, and CPUs that have them.
+    """Whether products of bfloat16 numbers are faster here than of float32.
 
     On a CPU without AVX512-BF16 or AMX a bfloat16 product takes up to twice as long as a float32 one, since the numbers
-    are widened first.
+    are widened first. GPUs have units for it from compute capability 8.0 on: a T4 (7.5) and a P100 (6.0) have none.
     """
+    return _bfloat16_units()[0]
+
+
+def _bfloat16_units() -> tuple[bool, str]:
+    """Whether there are units for bfloat16 products, and what says so."""
     import jax
 
-    return jax.default_backend() != "cpu" or bool({"avx512_bf16", "amx_bf16", "bf16"} & _instructions())
+    kind = jax.default_backend()
+    if kind == "cpu":
+        found = sorted({"avx512_bf16", "amx_bf16", "bf16"} & _instructions())
+        return bool(found), f"this processor has {found[0]}" if found else "this processor has no bfloat16 products"
+    device = jax.devices()[0]
+    if kind == "gpu" and (capability := str(getattr(device, "compute_capability", "") or "")):
+        # Of NVIDIA's, "7.5"; AMD's names ("gfx90a") are of GPUs that have such units.
+        if capability.replace(".", "").isdigit() and float(capability) < 8.0:
+            return False, f"{device.device_kind} (compute capability {capability}) has no bfloat16 units"
+    return True, f"{device.device_kind} has bfloat16 units"
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """How products are formed, and why: see `choose`."""
+
+    mixed_precision: bool
+    filter_gradient: bool
+    reason: str
+
+    def __str__(self) -> str:
+        precision = "mixed precision (bfloat16 factors, float32 sums)" if self.mixed_precision else "no mixed precision"
+        filtered = "gradient filter on" if self.filter_gradient else "gradient filter off"
+        return f"{precision}, since {self.reason}; {filtered}"
+
+
+def choose(mixed_precision: bool | None, filter_gradient: bool | None = None, dtype: str = "float32") -> Choice:
+    """What is faster on this machine, where None leaves the choice: the same for every entrance.
+
+    Args:
+        mixed_precision: True or False as asked for, or None.
+        filter_gradient: True or False as asked for, or None: on. In a trained state it drops 0.3 % of the gradient's
+            length and saves a sixth of the loss's time.
+        dtype: What the model computes in. Mixed precision is for float32 models; float16 is never chosen.
+
+    Returns:
+        A `Choice`.
+
+    Example:
+
+    >>> choose(False).mixed_precision, choose(True, False).reason
+    (False, 'it was asked for')
+    """
+    filtered = True if filter_gradient is None else filter_gradient
+    if dtype != "float32":
+        return Choice(False, filtered, f"the model computes in {dtype}")
+    if mixed_precision is not None:
+        return Choice(mixed_precision, filtered, "it was asked for")
+    fast, reason = _bfloat16_units()
+    return Choice(fast, filtered, reason)
 
 
 def _instructions() -> set[str]:

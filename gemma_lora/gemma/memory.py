@@ -15,6 +15,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from gemma_lora.base.settings import DEFAULTS
+
 #: Bytes of a number, and bits of a weight with its constants (blocks of 64; NF4's scales themselves in 8 bits).
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 BITS = {"int8": 8.0, "int4": 4.0, "nf4": 4.0}
@@ -162,7 +164,7 @@ def target_names(configuration: Configuration, targets: str | Sequence[str]) -> 
 
 
 def lora_parameters(
-    configuration: Configuration, rank: int, targets: str | Sequence[str] = ("query", "value"), dora: bool = False
+    configuration: Configuration, rank: int, targets: str | Sequence[str] = DEFAULTS.targets, dora: bool = False
 ) -> int:
     """The trainable numbers of LoRA: `rank · (d_in + d_out)` for each target in each block, and DoRA's d_out more.
 
@@ -180,7 +182,7 @@ def lora_parameters(
 
     Example:
 
-    >>> lora_parameters(CONFIGURATIONS["gpt3_175b"], rank=1)
+    >>> lora_parameters(CONFIGURATIONS["gpt3_175b"], rank=1, targets=("query", "value"))
     4718592
 
     Reference:
@@ -242,7 +244,7 @@ def activation_floats(
     Eight arrays as wide as the model (the residual stream before each half; what goes into and comes out of the
     norms), three of the queries' size and four of the keys' (before and after norm and rotation, and the attention's
     result), and two of the attention weights' (before and after the softmax). Of the MLP's hidden width gate and up,
-    and what goes into `down` if that is among the trained `targets`: `blocks.gated_gelu` needs no more. In a GPT, up,
+    and what goes into `down` if that is among the trained `targets`: `gated_gelu` needs no more. In a GPT, up,
     its activation and a copy.
     """
     c = configuration
@@ -254,11 +256,11 @@ def activation_floats(
 def plan(
     configuration: Configuration,
     method: str = "lora",
-    rank: int = 16,
-    targets: str | Sequence[str] = "all-linear",
+    rank: int = DEFAULTS.rank,
+    targets: str | Sequence[str] = DEFAULTS.targets,
     dora: bool = False,
-    rows: int = 1,
-    row_length: int = 384,
+    rows: int = DEFAULTS.rows,
+    row_length: int = DEFAULTS.row_length,
     dtype: str = "float32",
     quantization: str = "nf4",
     remat: bool = False,

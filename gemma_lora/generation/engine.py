@@ -22,7 +22,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma_lora.base.hardware import choose
 from gemma_lora.base.keras_on_jax import keras
+from gemma_lora.base.settings import DEFAULTS
 from gemma_lora.gemma.architectures import Architecture, architecture_of
 from gemma_lora.gemma.attention import Attend, Keys, attention, in_window
 from gemma_lora.gemma.forward import forward
@@ -41,9 +43,9 @@ def generate(
     prompts: str | Sequence[str],
     template: Any = None,
     max_new_tokens: int = 128,
-    batch_size: int = 64,
+    batch_size: int = DEFAULTS.batch_size,
     on_progress: Callable[[int, int], None] | None = None,
-    mixed_precision: bool = False,
+    mixed_precision: bool | None = DEFAULTS.mixed_precision,
 ) -> list[str]:
     """Answers prompts greedily.
 
@@ -54,7 +56,7 @@ def generate(
         max_new_tokens: Integer, the most tokens of an answer.
         batch_size: Integer, prompts answered together.
         on_progress: Called with (answered, all) after each batch.
-        mixed_precision: Boolean; rounds the factors of the large products of a float32 model to bfloat16, packed
+        mixed_precision: Boolean; rounds the factors of large products of a float32 model to bfloat16, packed
             layers' excepted. Faster where the CPU multiplies bfloat16 faster; an answer here and there is another.
 
     Returns:
@@ -84,9 +86,9 @@ def generate_tokens(
     prompts: Sequence[np.ndarray],
     stop_ids: Sequence[int],
     max_new_tokens: int,
-    batch_size: int = 64,
+    batch_size: int = DEFAULTS.batch_size,
     on_progress: Callable[[int, int], None] | None = None,
-    mixed_precision: bool = False,
+    mixed_precision: bool | None = DEFAULTS.mixed_precision,
 ) -> list[np.ndarray]:
     """Greedy continuations of token sequences; see `generate`.
 
@@ -248,9 +250,9 @@ class _Engine:
     weights: Weights
 
     @classmethod
-    def of(cls, model: keras.Model, mixed_precision: bool) -> _Engine:
+    def of(cls, model: keras.Model, mixed_precision: bool | None) -> _Engine:
         architecture = architecture_of(backbone_of(model))
-        rounded = mixed_precision and architecture.dtype == "float32"
+        rounded = choose(mixed_precision, dtype=architecture.dtype).mixed_precision
         return cls(architecture, collect(model).settled(rounded))
 
     def shared_keys(self, prefix: np.ndarray) -> _Pairs:

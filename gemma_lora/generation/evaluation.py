@@ -15,6 +15,7 @@ import numpy as np
 
 from gemma_lora.base.files import GemmaLoraError
 from gemma_lora.base.keras_on_jax import keras
+from gemma_lora.base.settings import DEFAULTS
 from gemma_lora.data.dataset import Example, Template, encode, template_of
 from gemma_lora.data.packing import Batch, pack
 from gemma_lora.gemma.architectures import Architecture, architecture_of
@@ -97,9 +98,9 @@ def evaluate(
     examples: Sequence[Example],
     template: Template | None = None,
     max_new_tokens: int = 128,
-    batch_size: int = 64,
+    batch_size: int = DEFAULTS.batch_size,
     on_progress: Callable[[int, int], None] | None = None,
-    mixed_precision: bool = False,
+    mixed_precision: bool | None = DEFAULTS.mixed_precision,
 ) -> Scores:
     """Answers every example's prompt greedily and scores the answers.
 
@@ -147,7 +148,7 @@ class TeacherForced:
 
 
 def teacher_forced(
-    model: keras.Model, examples: Sequence[Example], template: Template | None, row_length: int = 384
+    model: keras.Model, examples: Sequence[Example], template: Template | None, row_length: int = DEFAULTS.row_length
 ) -> TeacherForced:
     """Scores responses without generating: each of their tokens is predicted from the right tokens before it.
 

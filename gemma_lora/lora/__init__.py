@@ -19,6 +19,7 @@ _MODULES: dict[str, list[str]] = {
         "target_names",
         "linear_layers",
         "plain_layers",
+        "adapt",
         "apply_lora",
         "lora_layers",
         "merge_lora",

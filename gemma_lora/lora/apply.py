@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from gemma_lora.base.files import GemmaLoraError
 from gemma_lora.base.keras_on_jax import keras
+from gemma_lora.base.settings import DEFAULTS, TARGET_NAMES, check
+from gemma_lora.base.settings import target_names as target_names
 from gemma_lora.layers import linear
 from gemma_lora.layers.places import PLACES
 from gemma_lora.layers.surgery import forget_programs, replace
@@ -14,27 +16,7 @@ from gemma_lora.lora.layer import LoRADense, LoRAEinsumDense, LoRALayer
 #: Our names for a Gemma block's linear layers -> KerasHub's layer names.
 TARGETS = {name: place.layer for name, place in PLACES.items()}
 #: What `targets="all-linear"` means.
-ALL_LINEAR = tuple(TARGETS)
-
-
-def target_names(targets: str | Sequence[str]) -> tuple[str, ...]:
-    """Checks `targets` and returns them as a tuple in the block's order.
-
-    Args:
-        targets: `"all-linear"`, or any of query, key, value, attention_output, gate, up, down.
-
-    Raises:
-        ValueError: If a name is unknown or none is given.
-    """
-    if targets == "all-linear":
-        return ALL_LINEAR
-    names = (targets,) if isinstance(targets, str) else tuple(targets)
-    unknown = [name for name in names if name not in TARGETS]
-    if unknown or not names:
-        raise ValueError(
-            f"`targets` must name layers among {', '.join(TARGETS)}, or be 'all-linear'. Received: targets={targets!r}"
-        )
-    return tuple(name for name in TARGETS if name in names)
+ALL_LINEAR = TARGET_NAMES
 
 
 def linear_layers(model: keras.layers.Layer) -> Iterator[tuple[keras.layers.Layer, str, keras.layers.Layer]]:
@@ -54,15 +36,55 @@ def plain_layers(model: keras.layers.Layer) -> Iterator[tuple[keras.layers.Layer
             yield parent, attribute, layer
 
 
+def adapt(
+    model: keras.Model,
+    make: Callable[[keras.layers.Layer, int], keras.layers.Layer],
+    targets: str | Sequence[str] = DEFAULTS.targets,
+) -> keras.Model:
+    """Puts layers of a parameter-efficient method in the places of a model's linear layers; the rest is frozen.
+
+    Args:
+        model: A KerasHub Gemma `CausalLM` or backbone, or any built Keras model that holds layers of these names as
+            attributes of other layers.
+        make: From a layer and its number among the targets to the layer that takes its place. Its variables decide what
+            is trained; with a method `product` the forward pass knows how to multiply by it (`layers.products`).
+        targets: Any of query, key, value, attention_output, gate, up, down, or `"all-linear"`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: If no layer matches a target; nothing is changed then.
+    """
+    wanted = {TARGETS[name] for name in target_names(targets)}
+    found = [hit for hit in linear_layers(model) if hit[2].name in wanted]
+    missing = wanted - {layer.name for _, _, layer in found}
+    if missing:
+        raise ValueError(f"No layer of the model is named {', '.join(sorted(missing))}; nothing was changed.")
+    trainable = [variable.trainable for variable in model.variables]
+    for variable in model.variables:
+        variable.trainable = False
+    try:
+        made = [make(layer, number) for number, (_, _, layer) in enumerate(found)]
+    except BaseException:
+        for variable, was in zip(model.variables, trainable, strict=True):
+            variable.trainable = was
+        raise
+    for (parent, attribute, _), layer in zip(found, made, strict=True):
+        replace(parent, attribute, layer)
+    forget_programs(model)
+    return model
+
+
 def apply_lora(
     model: keras.Model,
-    rank: int = 8,
-    alpha: float | None = None,
-    targets: str | Sequence[str] = ("query", "value"),
-    dropout: float = 0.0,
-    rslora: bool = False,
-    dora: bool = False,
-    seed: int = 0,
+    rank: int = DEFAULTS.rank,
+    alpha: float | None = DEFAULTS.alpha,
+    targets: str | Sequence[str] = DEFAULTS.targets,
+    dropout: float = DEFAULTS.dropout,
+    rslora: bool = DEFAULTS.rslora,
+    dora: bool = DEFAULTS.dora,
+    seed: int = DEFAULTS.seed,
 ) -> keras.Model:
     """Gives a model's targeted linear layers LoRA, in place, and freezes everything else.
 
@@ -83,31 +105,19 @@ def apply_lora(
         The same model.
 
     Raises:
-        ValueError: If the model has LoRA already, or no layer matches a target.
+        ValueError: If an argument is not as above, the model has LoRA already, or no layer matches a target. Nothing
+            is changed then.
     """
+    named = check(rank=rank, alpha=alpha, targets=targets, dropout=dropout, rslora=rslora, dora=dora, seed=seed)
     if lora_layers(model):
         raise ValueError("The model has LoRA already. Call `detach_lora(model)` first.")
-    wanted = {TARGETS[name]: name for name in target_names(targets)}
-    found = [hit for hit in linear_layers(model) if hit[2].name in wanted]
-    missing = set(wanted) - {layer.name for _, _, layer in found}
-    if missing:
-        raise ValueError(f"No layer of the model is named {', '.join(sorted(missing))}; nothing was changed.")
-    for variable in model.variables:
-        variable.trainable = False
-    for index, (parent, attribute, layer) in enumerate(found):
+    targets, seed = named.pop("targets"), named.pop("seed")
+
+    def make(layer: keras.layers.Layer, number: int) -> LoRALayer:
         cls = LoRADense if isinstance(layer, keras.layers.Dense) else LoRAEinsumDense
-        new = cls(
-            layer,
-            rank,
-            alpha=2.0 * rank if alpha is None else alpha,
-            dropout=dropout,
-            rslora=rslora,
-            dora=dora,
-            seed=seed + index,
-        )
-        replace(parent, attribute, new)
-    forget_programs(model)
-    return model
+        return cls(layer, seed=seed + number, **named)
+
+    return adapt(model, make, targets)
 
 
 def lora_layers(model: keras.layers.Layer) -> list[LoRALayer]:

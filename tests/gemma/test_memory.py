@@ -48,8 +48,8 @@ def test_the_lora_papers_counts_for_gpt_3():
     gpt = memory.CONFIGURATIONS["gpt3_175b"]
     assert round(memory.parameters(gpt) / 1e9) == 175
     # Hu et al. 2021, table 4: 4.7 and 37.7 million, LoRA on query and value.
-    assert round(memory.lora_parameters(gpt, 1) / 1e6, 1) == 4.7
-    assert round(memory.lora_parameters(gpt, 8) / 1e6, 1) == 37.7
+    assert round(memory.lora_parameters(gpt, 1, ("query", "value")) / 1e6, 1) == 4.7
+    assert round(memory.lora_parameters(gpt, 8, ("query", "value")) / 1e6, 1) == 37.7
 
 
 def test_full_fine_tuning_of_a_number_costs_sixteen_bytes_in_float32():
