@@ -185,6 +185,7 @@ def test_a_saved_preset_folder_loads_back(tmp_path, monkeypatch):
     model = gemma.load_gemma(tmp_path / "tiny.gguf")
     model.save_to_preset(tmp_path / "preset")
     again = gemma.load_gemma(str(tmp_path / "preset"))
+    assert again.gemma_lora_instruction_tuned is False
     ids = np.array([[2, 40, 41, 50, 2, 60, 61, 0]])
     first, second = ({"token_ids": part, "padding_mask": np.ones_like(part)} for part in (ids[:, :4], ids[:, 4:7]))
     np.testing.assert_allclose(again.backbone(first), model.backbone(first), atol=1e-6)

@@ -147,6 +147,17 @@ def loaded(tmp_path_factory):
         return load_gemma(folder / "tiny.gguf"), stored
 
 
+def test_the_model_says_whether_it_is_instruction_tuned(loaded, file, monkeypatch):
+    """By the file's name or fields; the default template follows."""
+    assert loaded[0].gemma_lora_instruction_tuned is False
+    file.rename(file.with_name("tiny-it.gguf"))
+    assert load_gemma(file.with_name("tiny-it.gguf")).gemma_lora_instruction_tuned is True
+    asked = {}
+    monkeypatch.setattr("gemma_lora.gemma.load.is_instruction_tuned", lambda source, fields: asked.update(fields))
+    load_gemma(file.with_name("tiny-it.gguf"))
+    assert asked["general.architecture"] == "gemma3"
+
+
 def test_rows_in_8_bits_are_the_files_own_or_have_a_scale_each(file):
     index = gguf.read_index(file)
     table = gguf.read_int8_rows(index, "token_embd.weight")  # Q8_0: nothing is rounded again

@@ -1,9 +1,14 @@
 """Which weights are instruction-tuned, by what their name or file says; a chat template says nothing."""
 
+import types
+
 import pytest
 
+import gemma_lora as gl
+from gemma_lora.data.templates import Template
 from gemma_lora.gemma.instruction import is_instruction_tuned
 from gemma_lora.gemma.load import BUILTIN_NAME
+from tests.conftest import CharacterTokenizer, tiny_gemma
 
 CHAT = {"tokenizer.chat_template": "{{ bos_token }}<start_of_turn>"}
 
@@ -36,3 +41,21 @@ CHAT = {"tokenizer.chat_template": "{{ bos_token }}<start_of_turn>"}
 )
 def test_the_name_or_the_file_says_it(source, fields, tuned):
     assert is_instruction_tuned(source, fields) is tuned
+
+
+@pytest.mark.parametrize(("tuned", "template"), [(False, Template.base()), (True, Template.gemma_chat())])
+def test_answers_and_training_take_the_weights_template(tuned, template):
+    """Where neither caller nor adapter nor dataset names one."""
+    model = tiny_gemma()
+    model.preprocessor = types.SimpleNamespace(tokenizer=CharacterTokenizer())
+    model.gemma_lora_instruction_tuned = tuned
+    other = Template.gemma_chat() if template == Template.base() else Template.base()
+    answer = gl.generate(model, "ab", max_new_tokens=6)
+    assert answer == gl.generate(model, "ab", template, 6) != gl.generate(model, "ab", other, 6)
+    gl.apply_lora(model, rank=1)
+    lines = gl.load_dataset([{"prompt": f"p{n}", "response": "r"} for n in range(4)])
+    tuner = gl.FineTuner(model, row_length=96)
+    tuner.fit(lines, epochs=1, verbose=0)
+    assert model.gemma_lora_template == template
+    named = gl.load_dataset([{"prompt": f"p{n}", "response": "r"} for n in range(4)], template=template)
+    assert [b.targets.tolist() for b in tuner.batches(lines)] == [b.targets.tolist() for b in tuner.batches(named)]
