@@ -124,7 +124,7 @@ else:
 
 def killed(folder, where, step):
     command = [sys.executable, "-c", KILLED, str(folder), where, str(step)]
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     return subprocess.run(command, cwd=root, env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True).returncode
 
 
