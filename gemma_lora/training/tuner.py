@@ -344,8 +344,6 @@ class FineTuner(SteppedModel):
         # One pass over all epochs' batches: each epoch is packed in an order of its own.
         passes = [self.batches(dataset, epoch, limit, skip_bad_lines) for epoch in range(epochs)]
         batches = [batch for one in passes for batch in one]
-        if not batches:
-            raise GemmaLoraError("The dataset holds no example to train on.")
         found, record = self._start(passes, batches, epochs=epochs, limit=limit)
         self.causal_lm.gemma_lora_template = dataset.template
         done = found.step if found else 0

@@ -6,7 +6,6 @@ import keras
 import numpy as np
 import pytest
 
-from gemma_lora.base.files import GemmaLoraError
 from gemma_lora.training import FineTuner
 from tests.training.conftest import arrays, moved, small_gemma, small_tuner, weights_of
 
@@ -67,9 +66,3 @@ def test_what_fit_would_not_use_is_refused(model, lines):
     tuner.compile(keras.optimizers.SGD(0.1), steps_per_execution=2)
     with pytest.raises(ValueError, match="steps_per_execution"):
         tuner.fit(lines)
-
-
-def test_an_empty_dataset_is_an_error(model, lines):
-    lines.train.clear()
-    with pytest.raises(GemmaLoraError, match="no example"):
-        small_tuner(model).fit(lines)
