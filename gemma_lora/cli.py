@@ -202,15 +202,15 @@ def _load(adapter: Path | None, chosen: dict[str, Any]):
 
 def _score(loaded, what: str, examples: list, chosen: dict[str, Any]):
     """The model's answers to the examples, and their scores."""
-    from gemma_lora.base.hardware import has_fast_bfloat16
     from gemma_lora.generation.evaluation import evaluate as score
     from gemma_lora.job.report import progress_bar
 
-    most, rounds = chosen["max_new_tokens"] or MOST_NEW_TOKENS, chosen["mixed_precision"]
-    if rounds is None:
-        rounds = has_fast_bfloat16()
+    named = {
+        "max_new_tokens": chosen["max_new_tokens"] or MOST_NEW_TOKENS,
+        "mixed_precision": chosen["mixed_precision"],
+    }
     with progress_bar(Console(stderr=True), what, len(examples)) as advance:
-        return score(loaded, examples, max_new_tokens=most, on_progress=advance, mixed_precision=rounds)
+        return score(loaded, examples, on_progress=advance, **named)
 
 
 def _judged(examples: list, answers: list[str]) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from gemma_lora.base.backend import require_jax
 from gemma_lora.base.files import GemmaLoraError, atomic_path, sha256_of
+from gemma_lora.base.hardware import keep_freed_memory
 from gemma_lora.base.lazy_tensorflow import left_out, quiet_stderr, stand_ins
 from gemma_lora.base.settings import BUILTIN_NAME as BUILTIN_NAME
 from gemma_lora.base.settings import DEFAULTS, check
@@ -71,6 +72,7 @@ def load_gemma(
     268098176
     """
     require_jax()
+    keep_freed_memory()
     check(dtype=dtype, quantization=quantization, double_quant=double_quant)
     text = require_source(source, quantization)
     if text == BUILTIN_NAME:
@@ -219,13 +221,15 @@ def _pack_from_gguf(index, backbone, quantization: str, double_quant: bool) -> N
 
 def _from_preset(source: str, dtype: str):
     """Loads a preset through KerasHub and turns its many errors into one with a remedy."""
+    from gemma_lora.gemma.architectures import FAMILIES
+
     hub = import_keras_hub()
     try:
         with left_out():
             model = hub.models.CausalLM.from_preset(source, dtype=dtype)
     except Exception as error:
         raise GemmaLoraError(_preset_remedy(source, error)) from error
-    if type(model).__name__ not in ("GemmaCausalLM", "Gemma3CausalLM"):
+    if type(getattr(model, "backbone", None)).__name__ not in FAMILIES:
         raise GemmaLoraError(f"{source} is a {type(model).__name__}; gemma_lora works with Gemma 1, 2 and 3.")
     return model
 

@@ -13,8 +13,9 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
+from gemma_lora.base import hardware
 from gemma_lora.base.files import write_json_atomic
-from gemma_lora.base.hardware import has_fast_bfloat16, machine, peak_memory_bytes, use_compilation_cache
+from gemma_lora.base.hardware import machine, peak_memory_bytes, use_compilation_cache
 from gemma_lora.base.settings import MOST_NEW_TOKENS, Settings
 from gemma_lora.data.dataset import Dataset, Encoded, encode
 from gemma_lora.data.formats import Example
@@ -78,8 +79,11 @@ def choose(settings: Settings, encoded: Encoded, console: Console) -> tuple[Sett
         chosen["epochs"] = default_epochs(lines)
         passes = f"{chosen['epochs']} epoch{'s' if chosen['epochs'] > 1 else ''}"
         console.print(f"{passes}, for there are {lines} training lines; --epochs sets another number.", highlight=False)
-    if settings.mixed_precision is None:
-        chosen["mixed_precision"] = has_fast_bfloat16()
+    precision = hardware.choose(settings.mixed_precision, settings.filter_gradient, settings.dtype)
+    console.print(f"{str(precision)[0].upper()}{str(precision)[1:]}.", highlight=False)
+    for name in ("mixed_precision", "filter_gradient"):
+        if getattr(settings, name) is None:
+            chosen[name] = getattr(precision, name)
     if settings.max_new_tokens is None:  # a quarter more than the longest answer of train
         longest = max(int(mask.sum()) for mask in encoded.loss_mask)
         chosen["max_new_tokens"] = longest + longest // 4 + 1
@@ -135,7 +139,7 @@ def answer_all(model, tests: Splits, template, settings: Settings, console: Cons
             max_new_tokens=settings.max_new_tokens or MOST_NEW_TOKENS,
             batch_size=settings.batch_size,
             on_progress=advance,
-            mixed_precision=bool(settings.mixed_precision),
+            mixed_precision=settings.mixed_precision,
         )
     scores, start = {}, 0
     for name, split in tests.items():

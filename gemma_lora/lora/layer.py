@@ -146,7 +146,7 @@ class LoRALayer(keras.layers.Layer):
         return product_of(self.base, precision, training)
 
     def _drop(self, x):
-        return self.dropout(x, training=True)
+        return x if self.dropout is None else self.dropout(x, training=True)
 
     def column_scale(self):
         """DoRA's factor of each output, magnitude / ||kernel + delta||: `(d_out,)`, float32; ones while merged."""

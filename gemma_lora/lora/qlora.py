@@ -35,6 +35,8 @@ class _PackedLayer:
     there is no other kernel. `kernel_shape` is the kernel's shape in the layer that was replaced.
     """
 
+    activation: Any  # the Keras layer's
+
     def pack(self, layer: keras.layers.Layer, encoding: packed.Encoding, parts: dict[str, np.ndarray]) -> None:
         """Takes over a built layer: its name, bias and activation, and packed arrays for its kernel."""
         self.kernel_shape = linear.kernel_shape(layer)

@@ -21,6 +21,9 @@ _MODULES: dict[str, list[str]] = {
         "read_back",
         "check",
     ],
-    "tuner": ["WarmupCosine", "TrainingLog", "FineTuner"],
+    "accumulation": ["Accumulation"],
+    "callbacks": ["TrainingLog"],
+    "schedule": ["WarmupCosine", "batches_per_epoch", "default_optimizer", "optimizer_steps"],
+    "tuner": ["FineTuner"],
 }
 __getattr__, __dir__, __all__ = lazy_names(__name__, _MODULES)

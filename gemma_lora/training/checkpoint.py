@@ -26,7 +26,7 @@ _FORMAT = "gemma_lora checkpoint 1"
 class Checkpoint:
     """What a checkpoint file holds.
 
-    Invariants: `step` optimizer steps of `settings` led to `arrays`; `log` has one row a step.
+    Invariants: `step` batches of the training that `settings` describes led to `arrays`; `log` has one row for each.
     """
 
     step: int
@@ -101,6 +101,39 @@ def _check(found: Checkpoint) -> None:
         raise ValueError(f"step {found.step}")
     if wrong := [name for name, array in found.arrays.items() if not np.isfinite(array).all()]:
         raise ValueError(f"{wrong[0]} holds numbers that are not finite")
+
+
+def of_run(folder: str | os.PathLike, settings: Mapping[str, Any]) -> Checkpoint | None:
+    """Reads a run's checkpoint for a training with these settings; None if there is none.
+
+    Raises:
+        GemmaLoraError: If the checkpoint is of a training with other settings, or no checkpoint.
+    """
+    found = load(folder)
+    if found and (changed := changed_settings(found.settings, settings)):
+        raise GemmaLoraError(
+            f"{folder}: holds a run with other settings: {'; '.join(changed)}. Set them back to go on with it, choose "
+            f"another run folder, or delete {FILE} to begin anew."
+        )
+    return found
+
+
+def assign(folder: str | os.PathLike, checkpoint: Checkpoint, variables: Mapping[str, Any]) -> None:
+    """Gives variables a checkpoint's values.
+
+    Args:
+        folder: Where it lies, for the message.
+        checkpoint: As `load` gives it.
+        variables: `{name: variable}`, with the names of its arrays.
+
+    Raises:
+        GemmaLoraError: If names or shapes differ; no variable was changed then.
+    """
+    shapes = {name: tuple(variable.shape) for name, variable in variables.items()}
+    if shapes != {name: array.shape for name, array in checkpoint.arrays.items()}:
+        raise GemmaLoraError(f"{folder}/{FILE}: is of another model. Choose another run folder.")
+    for name, variable in variables.items():
+        variable.assign(checkpoint.arrays[name])
 
 
 def changed_settings(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -62,8 +62,11 @@ def _loss(model: keras.Model, batch: Batch) -> float:
     return float(model.test_on_batch(*batch, return_dict=True)["loss"])
 
 
-def _step(model: keras.Model, batch: Batch) -> float:
-    return float(model.train_on_batch(*batch, return_dict=True)["loss"])
+def _step(model: keras.Model, batch: Batch) -> None:
+    """One optimizer step, of as many times the batch as the model's steps are made of."""
+    own = model.optimizer.gradient_accumulation_steps or 1
+    for _ in range(max(own, getattr(model, "settings", {}).get("accumulate", 1))):
+        model.train_on_batch(*batch)
 
 
 def what_moves(model: keras.Model, batch: Batch, steps: int = 3) -> dict[str, float]:

@@ -191,17 +191,12 @@ def test_the_likeliest_token_is_the_first_of_the_largest_logits():
     assert np.asarray(found).tolist() == (np.asarray(packed.decode()) @ hidden.T).argmax(axis=0).tolist()
 
 
-def test_the_model_is_as_it_was(gemma, monkeypatch):
+def test_the_model_is_as_it_was(gemma):
     def state():
         return [{k: v for k, v in vars(layer).items() if callable(v)} for layer in gemma.backbone._flatten_layers()]
 
     before = state()
     generation.generate_tokens(gemma, PROMPTS, [1], 3, mixed_precision=True)
-    assert state() == before
-    monkeypatch.setattr(generation, "_attention", None)
-    del gemma.__dict__["_generation_engine"]  # its programs are compiled
-    with pytest.raises(TypeError):
-        generation.generate_tokens(gemma, PROMPTS, [1], 3, mixed_precision=True)
     assert state() == before
 
 

@@ -213,6 +213,7 @@ def model_of(kind):
 
 
 def test_a_model_is_frozen_saved_and_read_again(tmp_path):
+    keras.utils.set_random_seed(0)  # a sum on the edge between two codes may be rounded either way
     model = model_of(BitLinear)
     x = np.random.default_rng(0).normal(size=(3, 5, 8)).astype("float32")
     frozen = freeze_model(model)

@@ -185,7 +185,7 @@ def test_a_kernel_that_is_assigned_to_is_rounded_anew(gemma):
     tuner.compile(keras.optimizers.SGD(0.0))
     x = {"token_ids": np.full((2, 12), 7), "padding_mask": np.ones((2, 12), "int32")}
     before = tuner.train_on_batch(x, np.full((2, 12), 9))
-    kernel = gemma.backbone.transformer_layers[0].gating_ffw.kernel
+    kernel = gemma.backbone.transformer_layers[0].gating_ffw.base.kernel
     kernel.assign(-kernel)
     assert tuner.train_on_batch(x, np.full((2, 12), 9)) != pytest.approx(before)
 

@@ -30,7 +30,7 @@ def test_it_is_trained_and_answers(scheme, named):
         quantize_base(model, scheme)
     before = np.asarray(hidden_states(model, X["token_ids"]))
     adapt(model, lambda layer, number: VeRA(layer, seed=number), "all-linear")
-    np.testing.assert_allclose(hidden_states(model, X["token_ids"]), before, atol=1e-6)  # g is zero
+    np.testing.assert_allclose(hidden_states(model, X["token_ids"]), before, atol=1e-5)  # g is zero
     assert len(model.trainable_variables) == 2 * 7 * 2
     tuner = FineTuner(model, **({"mixed_precision": False} | named))
     tuner.compile(keras.optimizers.Adam(0.05))

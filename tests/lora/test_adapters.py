@@ -490,7 +490,7 @@ def test_a_load_that_is_cut_short_is_undone(tmp_path, gemma, monkeypatch):
     path = tmp_path / "task.safetensors"
     adapters.save(filled(adapters.apply_adapters(tiny_gemma(), 3)), path)
     filled(adapters.apply_adapters(gemma, 2, "query"))
-    replace, done = lora._replace, []
+    replace, done = adapters.replace, []
 
     def cut_short(*arguments):
         done.append(arguments)
@@ -498,7 +498,7 @@ def test_a_load_that_is_cut_short_is_undone(tmp_path, gemma, monkeypatch):
             raise KeyboardInterrupt
         replace(*arguments)
 
-    monkeypatch.setattr(lora, "_replace", cut_short)
+    monkeypatch.setattr(adapters, "replace", cut_short)
     with unchanged(gemma), pytest.raises(KeyboardInterrupt):
         adapters.load(gemma, path)
     assert len(done) > 3

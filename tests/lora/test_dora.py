@@ -110,7 +110,7 @@ def test_dense_scales_neither_bias_nor_after_the_activation():
 def test_an_einsum_bias_over_heads_is_not_scaled():
     base = keras.layers.EinsumDense("btd,ndh->btnh", (None, 3, 5), bias_axes="nh", bias_initializer="ones")
     base.build((None, None, 7))
-    layer = filled(lora.LoRAEinsumDense(base, rank=2, dora=True))
+    layer = filled(lora.LoRAEinsumDense(base, rank=2, alpha=2, dora=True))
     x = np.random.default_rng(0).normal(size=(2, 4, 7)).astype("float32")
     whole = by_hand(matrix(layer), layer.lora_a, layer.lora_b, layer.magnitude, 1)
     np.testing.assert_allclose(layer(x), (x @ whole).reshape(2, 4, 3, 5) + 1, atol=1e-5)

@@ -9,6 +9,7 @@ import pytest
 import gemma_lora as gl
 from gemma_lora import lora
 from gemma_lora.data.templates import Template
+from gemma_lora.gemma.weights import head_table
 from gemma_lora.layers.loss import chunked_cross_entropy
 from gemma_lora.lora import qlora
 from gemma_lora.quantization import packed
@@ -45,7 +46,7 @@ def gradients(model, dora=False):
         import keras
 
         with keras.StatelessScope(state_mapping=mapping):
-            table = qlora.head_table(embedding)
+            table = head_table(embedding)
         return chunked_cross_entropy(hidden, table, np.roll(IDS, -1, 1), np.ones(IDS.shape, "float32"), chunk_size=8)
 
     return jax.value_and_grad(loss)([v.value for v in trained], [v.value for v in frozen])

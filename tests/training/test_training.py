@@ -9,10 +9,8 @@ import pytest
 from gemma_lora import lora
 from gemma_lora.base.files import GemmaLoraError
 from gemma_lora.data.dataset import load_dataset
-from gemma_lora.data.packing import Batch
 from gemma_lora.data.templates import Template
-from gemma_lora.training.tuner import FineTuner, WarmupCosine, _shares
-from tests.conftest import tiny_gemma
+from gemma_lora.training import FineTuner, WarmupCosine
 
 RECORDS = [{"prompt": f"say {word}", "response": word} for word in ("red", "green", "blue", "black", "white") * 8]
 
@@ -32,7 +30,6 @@ def dataset():
     return load_dataset(RECORDS, template=Template("{prompt}:", "{response}<eos>"))
 
 
-@pytest.mark.slow
 def test_fit_learns_logs_and_leaves_the_base_alone(tmp_path, gemma, tokenizer, dataset):
     tuner = tuner_for(gemma, tokenizer, run_dir=tmp_path, learning_rate=2e-2)
     frozen = {v.path: np.asarray(v) for v in gemma.non_trainable_variables}
@@ -46,7 +43,6 @@ def test_fit_learns_logs_and_leaves_the_base_alone(tmp_path, gemma, tokenizer, d
     assert all(np.any(layer.lora_b) for layer in lora.lora_layers(gemma))
 
 
-@pytest.mark.slow
 def test_logged_loss_is_each_steps_own(gemma, tokenizer, dataset):
     tuner = tuner_for(gemma, tokenizer)
     tuner.compile(keras.optimizers.SGD(0.0))  # nothing moves: each batch's loss can be computed apart
@@ -56,7 +52,6 @@ def test_logged_loss_is_each_steps_own(gemma, tokenizer, dataset):
     np.testing.assert_allclose(logged, alone, rtol=1e-4)
 
 
-@pytest.mark.slow
 def test_frozen_weights_are_never_copied(gemma, tokenizer, dataset):
     tuner = tuner_for(gemma, tokenizer)
     tuner.compile_for(5)
@@ -81,7 +76,6 @@ def test_optimizer_holds_nothing_for_frozen_weights(gemma, tokenizer):
     assert states < 2 * trainable + 10
 
 
-@pytest.mark.slow
 def test_takes_kerashubs_arrays(gemma, tokenizer):
     tuner = tuner_for(gemma, tokenizer)
     tuner.compile("adam")
@@ -123,33 +117,6 @@ def batch_pair(seed=0):
     return x, y, [(rng.random((2, 12)) > limit).astype("float32") for limit in (0.2, 0.8)]
 
 
-def step_once(model, pairs, accumulate):
-    lora.apply_lora(model, rank=2, targets="all-linear", seed=3)
-    for number, layer in enumerate(lora.lora_layers(model)):
-        layer.lora_b.assign(np.random.default_rng(number).normal(0, 0.1, layer.lora_b.shape))
-    tuner = FineTuner(model, accumulate=accumulate)
-    together = accumulate if accumulate > 1 else None
-    tuner.compile(keras.optimizers.SGD(0.5, gradient_accumulation_steps=together))
-    for x, y, weight in pairs:
-        tuner.train_on_batch(x, y, weight)
-    return [np.asarray(v) for v in tuner.trainable_variables]
-
-
-@pytest.mark.slow
-def test_accumulated_batches_make_the_step_of_one_large_batch():
-    x, y, weights = batch_pair()
-    batches = [Batch(a["token_ids"], a["padding_mask"], b, w, 2) for a, b, w in zip(x, y, weights, strict=True)]
-    shared = [batch.as_keras() for batch in _shares(batches, 2)]
-    large = (
-        {name: np.concatenate([one[name] for one in x]) for name in x[0]},
-        np.concatenate(y),
-        np.concatenate(weights),
-    )
-    for ours, theirs in zip(step_once(tiny_gemma(), shared, 2), step_once(tiny_gemma(), [large], 1), strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=1e-5)
-
-
-@pytest.mark.slow
 def test_validations_loss_is_a_mean_however_many_batches_make_a_step(gemma):
     x, y, weights = batch_pair()
     lora.apply_lora(gemma, rank=2)
@@ -161,15 +128,6 @@ def test_validations_loss_is_a_mean_however_many_batches_make_a_step(gemma):
     assert found[0] == pytest.approx(found[1], rel=1e-6)
 
 
-def test_a_last_step_of_fewer_batches_is_filled_up_with_nothing():
-    x, y, weights = batch_pair()
-    batches = [Batch(x[0]["token_ids"], x[0]["padding_mask"], y[0], weights[0], 2)] * 3
-    shared = _shares(batches, 2)
-    assert len(shared) == 4 and shared[3].examples == 0 and not shared[3].weights.any()
-    np.testing.assert_allclose(shared[2].weights.sum(), 2.0, rtol=1e-6)  # all of the step, times 2 for the average
-
-
-@pytest.mark.slow
 def test_remat_changes_memory_and_nothing_else(any_gemma):
     x, y, weights = batch_pair()
     lora.apply_lora(any_gemma, rank=2, targets="all-linear")

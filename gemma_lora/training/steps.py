@@ -1,0 +1,192 @@
+"""A Keras model whose steps may be made of several batches, and whose compiled programs follow the model's state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from gemma_lora.base.files import GemmaLoraError
+from gemma_lora.base.keras_on_jax import keras
+from gemma_lora.training.accumulation import Accumulation, accumulates_itself
+from gemma_lora.training.programs import Fingerprint, evaluation_program, train_program
+from gemma_lora.training.schedule import default_optimizer, optimizer_steps
+
+#: What a step's logs carry beside Keras's: the batch's own loss.
+_BATCH_LOSS = "batch_loss"
+
+
+class SteppedModel(keras.Model):
+    """What `FineTuner` is but for its forward pass, its loss and its `fit`: optimizer, steps, compiled programs.
+
+    Invariants: `train_function`, `test_function` and `predict_function` were compiled for the model's layers and
+    variables as `_fingerprint` has them; while a step is made `_accumulation` is the present optimizer's.
+
+    Args:
+        model: A KerasHub `CausalLM`, which may change between calls.
+        settings: Of these `accumulate`, `learning_rate` and `warmup` are used here.
+    """
+
+    def __init__(self, model: keras.Model, settings: dict[str, Any]):
+        super().__init__(name="fine_tuner")
+        self.settings = settings
+        self.causal_lm = model
+        self.batch_loss: Any = None  # the last training batch's own
+        self._fingerprint = Fingerprint(model.backbone)
+        self._optimizer_is_default = False
+        self._default_steps: int | None = None  # of the default optimizer's schedule
+        self._accumulation: Accumulation | None = None
+
+    def check_trainable(self) -> None:
+        """Raises where the model cannot be trained as it is now."""
+
+    def model_changed(self) -> None:
+        """Is called once the model is built of other layers or variables, before it is compiled anew."""
+
+    def _follow_model(self) -> None:
+        """Forgets what was made from the model if it is built of other layers or variables by now."""
+        if not self._fingerprint.matches(self.causal_lm.backbone):
+            self.train_function = self.test_function = self.predict_function = None
+            self.model_changed()
+            self._fingerprint = Fingerprint(self.causal_lm.backbone)
+
+    def compile(self, optimizer="adam", loss=None, **kwargs):
+        """As `keras.Model.compile`; the loss is this class's own and cannot be given.
+
+        Raises:
+            ValueError: If a loss is given, or an optimizer that accumulates gradients itself.
+        """
+        if loss is not None:
+            raise ValueError("FineTuner's loss is chunked_cross_entropy; leave `loss` out.")
+        optimizer = keras.optimizers.get(optimizer)
+        if accumulates_itself(optimizer):
+            raise ValueError(
+                "Give the number of batches that make a step to `FineTuner(accumulate=…)`: with "
+                "`gradient_accumulation_steps` Keras averages the batches however many tokens of each carry loss. "
+                f"Received: gradient_accumulation_steps={optimizer.gradient_accumulation_steps!r}"
+            )
+        super().compile(optimizer=optimizer, loss=None, **kwargs)
+        self._optimizer_is_default = False
+
+    def compile_for(self, batches: int) -> None:
+        """Compiles with Adam on a warm-up and cosine schedule over the steps that so many batches make.
+
+        For `train_on_batch`; `fit` does it by itself, for its own batches.
+
+        Args:
+            batches: Integer, batches of the whole training.
+        """
+        if not isinstance(batches, int) or batches < 1:
+            raise ValueError(f"`batches` must be an integer of at least 1. Received: batches={batches!r}")
+        self._compile_default(optimizer_steps([batches], self.settings["accumulate"]))
+
+    def _compile_default(self, steps: int | None) -> None:
+        self.compile(optimizer=self._default_optimizer(steps))
+        self._optimizer_is_default, self._default_steps = True, steps
+
+    def _default_optimizer(self, steps: int | None) -> keras.optimizers.Optimizer:
+        return default_optimizer(self.settings["learning_rate"], self.settings["warmup"], steps)
+
+    def _chooses_optimizer(self) -> bool:
+        """Whether nobody has compiled this model with an optimizer of their own."""
+        return not self.compiled or self._optimizer_is_default
+
+    def _build_optimizer(self) -> None:
+        """Makes the optimizer's variables, those that several batches are summed in among them.
+
+        Raises:
+            GemmaLoraError: If the optimizer was built for variables that are no longer the model's.
+        """
+        variables = self.trainable_variables
+        if not self.optimizer.built:
+            self.optimizer.build(variables)
+        elif [id(v) for v in self.optimizer._trainable_variables] != [id(v) for v in variables]:
+            if not self._optimizer_is_default:
+                raise GemmaLoraError(
+                    "The model's trainable weights are others than those the optimizer was built for. Call "
+                    "`compile(optimizer=…)` again, with a new optimizer."
+                )
+            self._compile_default(self._default_steps)
+            self.optimizer.build(variables)
+        sums = self._accumulation
+        if self.settings["accumulate"] > 1 and (sums is None or sums.optimizer is not self.optimizer):
+            self._accumulation = Accumulation(self.optimizer, variables, self.settings["accumulate"])
+
+    def _begin_steps(self) -> None:
+        """Builds the optimizer; batches that made no step yet, of a training that was broken off, are dropped."""
+        self._build_optimizer()
+        if self._accumulation is not None:
+            self._accumulation.forget()
+
+    def train_step(self, state, data):
+        """As Keras's; several batches may make an optimizer step, and the logs hold the batch's own loss too."""
+        trainable, frozen, optimizer, metrics = state
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        gradient_of = jax.value_and_grad(self.compute_loss_and_updates, has_aux=True)
+        (_, (loss, y_pred, frozen, metrics)), gradients = gradient_of(
+            trainable, frozen, metrics, x, y, sample_weight, training=True, optimizer_variables=optimizer
+        )
+        if self._accumulation is None:
+            trainable, optimizer = self.optimizer.stateless_apply(optimizer, gradients, trainable)
+        else:
+            weight = y.size if sample_weight is None else keras.ops.sum(keras.ops.cast(sample_weight, "float32"))
+            trainable, optimizer = self._accumulation.add(trainable, optimizer, gradients, weight)
+        logs, metrics = self._update_metrics_variables(metrics, loss, x, y, y_pred, sample_weight)
+        return {**logs, _BATCH_LOSS: loss}, (trainable, frozen, optimizer, metrics)
+
+    def end_step(self) -> None:
+        """Makes an optimizer step of the batches since the last one, where they are fewer than `accumulate`.
+
+        `fit` does it at the end of an epoch. After a loop of `train_on_batch` it is for you to call.
+        """
+        if self._accumulation is not None:
+            self._accumulation.end()
+
+    def make_train_function(self, force=False):
+        """As Keras's, but weights that do not change stay where they are (see `train_program`), and a function that
+        was made for another state of the model is made anew."""
+        self._follow_model()
+        if self.train_function is not None and not force:
+            return
+        step: Any
+        if self._keras_compiles():
+            super().make_train_function(force=True)
+            step = self.train_function
+        else:
+            step = self._make_function(train_program(self.train_step))
+
+        def train_function(state, iterator):
+            logs, state = step(state, iterator)
+            self.batch_loss = logs.pop(_BATCH_LOSS)  # Keras would show it and return it from `train_on_batch`
+            return logs, state
+
+        self.train_function: Any = train_function
+
+    def make_test_function(self, force=False):
+        """As `make_train_function`, for evaluation."""
+        self._follow_model()
+        if self._keras_compiles():
+            return super().make_test_function(force)
+        if self.test_function is None or force:
+            self.test_function = self._make_function(evaluation_program(self.test_step))
+
+    def make_predict_function(self, force=False):
+        """As Keras's, but made anew for another state of the model."""
+        self._follow_model()
+        return super().make_predict_function(force)
+
+    def _keras_compiles(self) -> bool:
+        """Whether steps are left to Keras: uncompiled ones, and those on several devices, whose shardings it knows."""
+        return self.run_eagerly or not self.jit_compile or keras.distribution.distribution() is not None
+
+    def train_on_batch(self, x, y=None, sample_weight=None, **kwargs):
+        """As `keras.Model.train_on_batch`. Without `compile`, Adam at a constant rate, `learning_rate`.
+
+        Raises:
+            GemmaLoraError: If the update is merged, or the optimizer was built for other variables.
+        """
+        self.check_trainable()
+        if not self.compiled:
+            self._compile_default(None)
+        self._build_optimizer()
+        return super().train_on_batch(x, y, sample_weight, **kwargs)
