@@ -80,7 +80,7 @@ class Settings:
     rslora: bool = _setting(False, "Scale by alpha/sqrt(rank).", flag=True)
     dora: bool = _setting(False, "DoRA: train the length of a kernel's columns apart from their direction.", flag=True)
     learning_rate: float = _setting(5e-4, "Peak rate of Adam.", above=0)
-    warmup: float = _setting(0.06, "Share of the steps in which the rate rises.", min=0, max=1)
+    warmup: float = _setting(0.06, "Share of the steps in which the rate rises, below 1.", min=0, below=1)
     epochs: int | None = _setting(
         None, "Passes over the training lines; by default more passes where there are fewer lines, 1 to 6.", min=1
     )

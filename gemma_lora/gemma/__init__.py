@@ -20,6 +20,6 @@ _MODULES: dict[str, list[str]] = {
         "builtin_gguf",
     ],
     "memory": ["CONFIGURATIONS", "Configuration", "configuration_of", "plan"],
-    "weights": ["Weights", "collect", "head_table"],
+    "weights": ["Weights", "collect"],
 }
 __getattr__, __dir__, __all__ = lazy_names(__name__, _MODULES)

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from gemma_lora.base.files import GemmaLoraError
-from gemma_lora.base.keras_on_jax import keras, ops
+from gemma_lora.base.keras_on_jax import ops
 from gemma_lora.gemma.architectures import family_of
 from gemma_lora.layers.places import parent_and_attribute
 from gemma_lora.layers.products import EXACT, Matrix, Precision, product_of, pytree
+from gemma_lora.lora.qlora import head_table as head_table
 from gemma_lora.quantization.rows import Bfloat16Rows, Int8Rows
 
 
@@ -106,8 +107,3 @@ def _block_weights(block, family, precision: Precision, training: bool) -> Block
         if (norm := getattr(parent, attribute, None)) is not None:
             norms[name] = ops.convert_to_tensor(norm.scale)
     return BlockWeights(linear, norms)
-
-
-def head_table(embedding: keras.layers.Layer) -> Any:
-    """The tied table as the loss takes it: an array (V, D), or `Int8Rows` where it is packed."""
-    return embedding.rows() if hasattr(embedding, "rows") else ops.convert_to_tensor(embedding.embeddings)

@@ -48,6 +48,7 @@ _MODULES: dict[str, list[str]] = {
         "PackedEinsumDense",
         "PackedEmbedding",
         "pack_embedding",
+        "head_table",
         "encoding_for",
         "quantize_base",
         "pack_layer",

@@ -164,6 +164,11 @@ def _exchange_embedding(model: keras.Model, new: keras.layers.Layer) -> None:
     replace_in_graph(model, embedding, new)
 
 
+def head_table(embedding: keras.layers.Layer) -> Any:
+    """The tied table as the loss takes it: an array (V, D), or `Int8Rows` where it is packed."""
+    return embedding.rows() if hasattr(embedding, "rows") else ops.convert_to_tensor(embedding.embeddings)
+
+
 # --- models ----------------------------------------------------------------------------------------------------
 
 

@@ -33,6 +33,8 @@ class SteppedModel(keras.Model):
         self.causal_lm = model
         self.batch_loss: Any = None  # the last training batch's own
         self._fingerprint = Fingerprint(model.backbone)
+        self.train_function: Any = None
+        self.test_function: Any = None
         self._optimizer_is_default = False
         self._default_steps: int | None = None  # of the default optimizer's schedule
         self._accumulation: Accumulation | None = None
@@ -160,7 +162,7 @@ class SteppedModel(keras.Model):
             self.batch_loss = logs.pop(_BATCH_LOSS)  # Keras would show it and return it from `train_on_batch`
             return logs, state
 
-        self.train_function: Any = train_function
+        self.train_function = train_function
 
     def make_test_function(self, force=False):
         """As `make_train_function`, for evaluation."""

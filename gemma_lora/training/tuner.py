@@ -316,6 +316,8 @@ class FineTuner(SteppedModel):
             ValueError: If an argument is not as above.
             GemmaLoraError: If the update is merged, `run_dir` holds another run, or the loss is no finite number.
         """
+        if epochs is None:
+            raise ValueError("`epochs` must be an integer of at least 1. Received: epochs=None")
         check(epochs=epochs, limit=limit)
         self.check_trainable()
         use_compilation_cache()

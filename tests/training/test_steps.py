@@ -81,7 +81,7 @@ def test_a_changed_model_before_the_first_step(tmp_path):
     found = [float(one.train_on_batch(*DATA)) for one in (tuner, small_tuner(small_gemma(alpha=40.0)))]
     assert found[0] == pytest.approx(found[1], rel=0.02)
     held = [v for v in tuner.non_trainable_variables if str(v.dtype) in ("bfloat16", "uint16")]
-    assert len(held) == len(tuner.rounded) == 7 + 1  # none of those before
+    assert len(held) == len(tuner.copies) == 7 + 1  # none of those before
 
 
 def test_a_users_optimizer_asks_for_compile(tmp_path, lines):
