@@ -98,7 +98,7 @@ def run_ours(peer: str, repeats: int, count: int) -> dict:
 
     import gemma_lora as gl
     from gemma_lora.data import packing
-    from gemma_lora.training import tuner as training
+    from gemma_lora.layers.loss import fitting_chunk
 
     model = gl.load_gemma()
     encoded, stream = lines(count, model.preprocessor.tokenizer)
@@ -116,7 +116,7 @@ def run_ours(peer: str, repeats: int, count: int) -> dict:
     for rows in (1, 2):  # `gemma-lora finetune`'s shape, and twice that
         batches = packing.pack(encoded.tokens, encoded.loss_mask, rows, 384, 0)
         carrying = [int((batch.weights > 0).sum()) for batch in batches]
-        tuner.settings["chunk_size"] = training._fitting_chunk(carrying)
+        tuner.settings["chunk_size"] = fitting_chunk(int(np.quantile(carrying, 0.95)))
         arrays = [batch.as_keras() for batch in batches]
         for variable, value in zip(model.trainable_variables, start_values, strict=True):
             variable.assign(value)  # each shape meets lines that were not trained on yet
