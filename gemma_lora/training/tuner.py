@@ -131,10 +131,7 @@ class FineTuner(SteppedModel):
         }
         super().__init__(model, settings)
         self._check_model()
-        if isinstance(preprocessor := getattr(model, "preprocessor", None), keras.layers.Layer):
-            # KerasHub never marks it as built, and Keras traces the whole model anew at every call for that.
-            for layer in preprocessor._flatten_layers():
-                layer.built = True
+        _mark_built(getattr(model, "preprocessor", None))
         self._round_kernels(mixed_precision)
         self.run_dir = Path(run_dir) if run_dir else None
         self.checkpoint_seconds = checkpoint_seconds
@@ -315,10 +312,7 @@ class FineTuner(SteppedModel):
         use_compilation_cache()
         kwargs |= {"verbose": verbose}
         if isinstance(x, data_module.Dataset):
-            given = {"y": y, "batch_size": batch_size} | kwargs
-            refused = [name for name, value in given.items() if value is not None and name not in _WITH_A_DATASET]
-            if refused:
-                raise ValueError(f"`fit` with a `Dataset` does not take {', '.join(refused)}.")
+            _refuse_with_a_dataset({"y": y, "batch_size": batch_size} | kwargs)
             return self._fit_dataset(x, epochs, limit, skip_bad_lines, callbacks, **kwargs)
         if limit is not None or skip_bad_lines:
             raise ValueError("`limit` and `skip_bad_lines` are for a `Dataset` of `load_dataset`.")
@@ -403,6 +397,19 @@ class FineTuner(SteppedModel):
         if found and self.run_dir:
             checkpoint.assign(self.run_dir, found, self.changing_variables())
         return found, record
+
+
+def _mark_built(preprocessor: Any) -> None:
+    """KerasHub never marks its preprocessor as built, and Keras traces the whole model anew at every call for that."""
+    if isinstance(preprocessor, keras.layers.Layer):
+        for layer in preprocessor._flatten_layers():
+            layer.built = True
+
+
+def _refuse_with_a_dataset(given: dict[str, Any]) -> None:
+    """Raises for arguments of Keras's `fit` that packed rows have no use for."""
+    if refused := [name for name, value in given.items() if value is not None and name not in _WITH_A_DATASET]:
+        raise ValueError(f"`fit` with a `Dataset` does not take {', '.join(refused)}.")
 
 
 def _fitting_chunk(tokens: list[int]) -> int:
