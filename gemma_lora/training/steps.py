@@ -139,7 +139,8 @@ class SteppedModel(keras.Model):
     def end_step(self) -> None:
         """Makes an optimizer step of the batches since the last one, where they are fewer than `accumulate`.
 
-        `fit` does it at the end of an epoch. After a loop of `train_on_batch` it is for you to call.
+        `fit` does it at the end of an epoch. After a loop of `train_on_batch` it is for you to call: a `fit` that
+        follows begins with a whole step and drops what was left of one.
         """
         if self._accumulation is not None:
             self._accumulation.end()

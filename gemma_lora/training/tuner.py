@@ -136,10 +136,7 @@ class FineTuner(SteppedModel):
         super().__init__(model, settings)
         self.choice, self.checkpoint_seconds = choice, seconds
         self._check_model()
-        if isinstance(preprocessor := getattr(model, "preprocessor", None), keras.layers.Layer):
-            # KerasHub never marks it as built, and Keras traces the whole model anew at every call for that.
-            for layer in preprocessor._flatten_layers():
-                layer.built = True
+        _mark_built(getattr(model, "preprocessor", None))
         self._round_kernels(self.choice.mixed_precision)
         self.run_dir = Path(run_dir) if run_dir else None
         self.log: TrainingLog | None = None
@@ -325,10 +322,7 @@ class FineTuner(SteppedModel):
         if verbose:
             print(f"Training with {self.choice}.")
         if isinstance(x, data_module.Dataset):
-            given = {"y": y, "batch_size": batch_size} | kwargs
-            refused = [name for name, value in given.items() if value is not None and name not in _WITH_A_DATASET]
-            if refused:
-                raise ValueError(f"`fit` with a `Dataset` does not take {', '.join(refused)}.")
+            _refuse_with_a_dataset({"y": y, "batch_size": batch_size} | kwargs)
             return self._fit_dataset(x, epochs, limit, skip_bad_lines, callbacks, **kwargs)
         if limit is not None or skip_bad_lines:
             raise ValueError("`limit` and `skip_bad_lines` are for a `Dataset` of `load_dataset`.")
@@ -421,3 +415,16 @@ def _plain_bases(model: keras.Model) -> list[keras.layers.Layer]:
     """The layers that hold a kernel in floats, those beside LoRA too."""
     beside = [layer.base for layer in lora_layers(model) if not layer.is_packed]
     return beside + [layer for _, _, layer in plain_layers(model) if is_one_product(layer)]
+
+
+def _mark_built(preprocessor: Any) -> None:
+    """KerasHub never marks its preprocessor as built, and Keras traces the whole model anew at every call for that."""
+    if isinstance(preprocessor, keras.layers.Layer):
+        for layer in preprocessor._flatten_layers():
+            layer.built = True
+
+
+def _refuse_with_a_dataset(given: dict[str, Any]) -> None:
+    """Raises for arguments of Keras's `fit` that packed rows have no use for."""
+    if refused := [name for name, value in given.items() if value is not None and name not in _WITH_A_DATASET]:
+        raise ValueError(f"`fit` with a `Dataset` does not take {', '.join(refused)}.")

@@ -81,8 +81,9 @@ def test_an_optimizer_of_ones_own_makes_the_step_of_one_large_batch():
 
 
 def test_without_weights_every_token_counts():
-    (x, y, _), found = arrays(4), []
-    for accumulate, size in ((2, 2), (1, 4)):
+    """A batch of four rows and one of two: twice as many tokens."""
+    (x, y, _), found = arrays(6), []
+    for accumulate, size in ((2, 4), (1, 6)):
         tuner = small_tuner(accumulate=accumulate)
         tuner.compile(keras.optimizers.SGD(0.5))
         tuner.fit(x, y, batch_size=size, shuffle=False, verbose=0)

@@ -96,8 +96,10 @@ def test_a_second_fit_with_arrays_is_too():
 
 def test_an_optimizer_of_ones_own_goes_on(lines):
     tuner = small_tuner(accumulate=2)
+    tuner.compile_for(3)
     tuner.compile(keras.optimizers.Adam(1e-3))
     mine, steps = tuner.optimizer, -(-len(tuner.batches(lines)) // 2)
+    tuner.train_on_batch(*arrays(2))  # half a step; `fit` begins with a whole one
     for count in (1, 2):
         tuner.fit(lines, verbose=0)
         assert tuner.optimizer is mine and int(mine.iterations) == count * steps
