@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-#: Lines shown in all, over all passes. A batch packs some twenty short lines, so one pass over 300 is 14 steps, most of
-#: them in the warm-up or near the end. With four passes (56 steps) a classification task of four short answers, 300
-#: lines and no other option went from 14 % to 100 % right (60 test lines).
+#: Lines shown in all, over all passes. A batch packs some twenty short lines, so one pass over 300 is 14 steps only.
+#: With four passes (56 steps) and no option, a task of 300 lines and six answers got 60 of 60 test lines right.
 LINES_SHOWN = 1200
 #: The bound for files of fewer than some 200 lines: shown more often, they would be learned by heart.
 MOST_EPOCHS = 6
