@@ -10,6 +10,7 @@ Of a new method write a class with `multiply`, and a layer whose `product` gives
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Mapping
 from typing import Any, TypeVar, dataclass_transform
 
@@ -110,23 +111,43 @@ class Packed(Matrix):
         return packed_product(x, self.parts, self.encoding, self.rounded)
 
 
+class _Reference:
+    """A layer as a static field, without keeping it alive: compiled programs are kept for long, with what they name."""
+
+    def __init__(self, layer: keras.layers.Layer):
+        self._layer, self._hash = weakref.ref(layer), hash(id(layer))
+
+    def __call__(self) -> keras.layers.Layer:
+        layer = self._layer()
+        if layer is None:
+            raise RuntimeError("The layer of this product is gone.")
+        return layer
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Reference) and self._layer() is other._layer() is not None
+
+
 @pytree
 class LayerCall(Matrix):
     """Whatever a Keras layer computes, its bias aside, where nothing better is known of it.
 
-    Invariants: `values` are those of `layer.variables`, in order.
+    Invariants: `values` are those of the layer's variables, in order.
     """
 
     values: list[Any]
-    layer: keras.layers.Layer = static()
+    layer: _Reference = static()
     shape: tuple[int, ...] = static()  # of the axes that d_in is made of
     batch_axes: int = static()  # axes of the layer's inputs that stay
 
     def multiply(self, x):
-        mapping = list(zip(self.layer.variables, self.values, strict=True))
+        layer = self.layer()
+        mapping = list(zip(layer.variables, self.values, strict=True))
         with keras.StatelessScope(state_mapping=mapping):
-            y = self.layer(x.reshape(*(1,) * (self.batch_axes - 1), -1, *self.shape))
-            bias = getattr(self.layer, "bias", None)
+            y = layer(x.reshape(*(1,) * (self.batch_axes - 1), -1, *self.shape))
+            bias = getattr(layer, "bias", None)
             y = y if bias is None else y - ops.cast(bias, y.dtype)
         return y.reshape(x.shape[0], -1)
 
@@ -191,4 +212,4 @@ def layer_call(layer: keras.layers.Layer) -> LayerCall:
         inner = inner.base
     shape, batch = linear.input_axes(inner)
     values = [ops.convert_to_tensor(variable) for variable in layer.variables]
-    return LayerCall(values, layer, tuple(shape), batch)
+    return LayerCall(values, _Reference(layer), tuple(shape), batch)

@@ -159,16 +159,19 @@ class LoRALayer(keras.layers.Layer):
 
     def call(self, inputs, training=None):
         inputs = ops.convert_to_tensor(inputs)  # a NumPy array of float64 becomes what JAX computes in
-        y = linear.in_rows(self.base, inputs, lambda rows: self._multiply(rows, bool(training)))
-        return y if self.base.bias is None else y + ops.cast(self.base.bias, y.dtype)
-
-    def _multiply(self, rows, training: bool):
-        product, merged = self.product(training=training), self.is_merged.value
+        merged = self.is_merged.value
         if not isinstance(merged, jax.core.Tracer):
-            return product.multiply(rows)
+            return self.base(inputs) if bool(merged) else self._adapted(inputs, bool(training))
         # In a compiled program both are there, and one is run: a merged layer costs what its base costs.
-        base = self._base_product()
-        return jax.lax.cond(merged, lambda x: base.multiply(x), lambda x: product.multiply(x), rows)
+        return jax.lax.cond(merged, self.base, lambda x: self._adapted(x, bool(training)), inputs)
+
+    def _adapted(self, inputs, training: bool):
+        """With the update beside the base, which is called as it is: not a bit changes while B is zero."""
+        product = self.product(training=training)
+        if isinstance(product, WithLoRA):
+            return self.base(inputs) + linear.in_rows(self.base, inputs, product.dropped_update)
+        y = linear.in_rows(self.base, inputs, product.multiply)
+        return y if self.base.bias is None else y + ops.cast(self.base.bias, y.dtype)
 
     def merge(self) -> None:
         """Adds the update to the base kernel; the layer then costs what the base costs."""

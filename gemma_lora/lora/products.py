@@ -45,8 +45,12 @@ class WithLoRA(Matrix):
             return low_rank_product(x, lora_a, lora_b)
         return (x @ lora_a) @ lora_b
 
+    def dropped_update(self, x: jax.Array) -> jax.Array:
+        """The update's product with what dropout leaves of x."""
+        return self.update(x if self.dropout is None else self.dropout(x))
+
     def multiply(self, x):
-        return self.base.multiply(x) + self.update(x if self.dropout is None else self.dropout(x))
+        return self.base.multiply(x) + self.dropped_update(x)
 
     def settled(self, rounded: bool = False) -> Matrix:
         """One product for a token instead of three; packed weights stay packed, since nothing can be added to them."""
