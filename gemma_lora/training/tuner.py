@@ -229,6 +229,11 @@ class FineTuner(SteppedModel):
         if self.settings["remat"] and any(layer.dropout_rate for layer in lora_layers(self.causal_lm)):
             raise ValueError("`remat` computes a block twice, and dropout would differ. Use one of the two.")
 
+    def make_train_function(self, force=False):
+        """As Keras's. Kernels that were assigned to are rounded anew."""
+        self._refresh_copies()
+        super().make_train_function(force)
+
     def check_trainable(self) -> None:
         """Raises where this tuner cannot train the model as it is now."""
         self._check_model()

@@ -16,6 +16,7 @@ from gemma_lora.base.files import GemmaLoraError
 from gemma_lora.data.dataset import encode_prompt
 from gemma_lora.data.templates import Template
 from gemma_lora.gemma import load as gemma
+from gemma_lora.gemma.forward import hidden_states
 from gemma_lora.generation.engine import generate
 from tests.gemma.test_gguf import write_gguf
 
@@ -190,7 +191,7 @@ def test_a_saved_preset_folder_loads_back(tmp_path, monkeypatch):
     first, second = ({"token_ids": part, "padding_mask": np.ones_like(part)} for part in (ids[:, :4], ids[:, 4:7]))
     np.testing.assert_allclose(again.backbone(first), model.backbone(first), atol=1e-6)
     # Two examples packed into a row have the hidden states they have alone.
-    packed = again.backbone({"token_ids": ids, "padding_mask": np.array([[1, 1, 1, 1, 2, 2, 2, 0]])})
+    packed = hidden_states(again, ids, np.array([[1, 1, 1, 1, 2, 2, 2, 0]]))
     np.testing.assert_allclose(packed[:, 4:7], model.backbone(second), atol=1e-5)
     text = "a bend  of the river\n日本"
     assert [*again.preprocessor.tokenizer.tokenize(text)] == [*model.preprocessor.tokenizer.tokenize(text)]

@@ -104,7 +104,7 @@ def test_doras_magnitude_goes_on_too(tmp_path):
         train(tmp_path / "stopped", [StopAt(3)], dora=True)
     tuner = train(tmp_path / "stopped", dora=True)
     names = [v.name for v in tuner.causal_lm.trainable_variables]
-    assert names.count("magnitude") == 4
+    assert names.count("magnitude") == 2 * 7
     for ours, theirs in zip(weights_of(tuner), weights_of(right), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     start = tuner_in(None, dora=True)
