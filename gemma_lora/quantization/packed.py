@@ -91,7 +91,7 @@ class Int8:
 
 @dataclasses.dataclass(frozen=True)
 class Int4:
-    """Symmetric codes −7 … 7, two to a byte, one float32 scale a block: 4.5 bits a number with blocks of 64."""
+    """Symmetric codes −7 … 7, two to a byte, one float32 scale per block: 4.5 bits per number with blocks of 64."""
 
     shape: tuple[int, int]
     block_size: int = 64

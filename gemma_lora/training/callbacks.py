@@ -124,7 +124,7 @@ class Checkpoints(keras.callbacks.Callback):
         self.saved_step = 0
 
     def state(self) -> str:
-        """What is on disk, for whoever has to know because training ended early."""
+        """What is on disk, for the message when training ends early."""
         if not self.saved_step:
             return f"{self.folder} holds no checkpoint yet."
         return f"{self.folder} holds the checkpoint of step {self.saved_step} of {self.last_step}."

@@ -5,7 +5,7 @@ from __future__ import annotations
 #: Lines shown in all, over all passes. A batch packs some twenty short lines, so one pass over 300 is 14 steps only.
 #: With four passes (56 steps) and no option, a task of 300 lines and six answers got 60 of 60 test lines right.
 LINES_SHOWN = 1200
-#: The bound for files of fewer than some 200 lines: shown more often, they would be learned by heart.
+#: The bound for files of fewer than some 200 lines: shown more often, the model would overfit them.
 MOST_EPOCHS = 6
 
 
