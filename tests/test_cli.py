@@ -95,6 +95,7 @@ def test_help_shows_an_example_that_the_command_understands(command, name):
     assert options and all(out.count(option) > 1 for option in options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["evaluate --data good.jsonl", "generate hi"])
 def test_a_quantized_base_is_asked_for(command, monkeypatch, tmp_path, name):
     asked = []
@@ -204,6 +205,7 @@ for name, arguments in json.loads(sys.argv[1]).items():
 """
 
 
+@pytest.mark.slow
 def test_bad_input_is_found_before_jax_is_imported(tmp_path):
     """That import takes seconds; a slip of the pen is to be answered within one."""
     bad_surroundings(tmp_path)
@@ -256,6 +258,7 @@ def test_answers_like_markup_are_printed_as_they_are(command, small, monkeypatch
     assert (status, out) == (0, f"{MARKUP}\n:smile:\né ü\n")
 
 
+@pytest.mark.slow
 def test_a_data_file_and_fields_named_like_markup_are_scored(command, small, adapter, tmp_path):
     row = {"prompt": MARKUP, "response": json.dumps({"[/]": "[bold]"})}
     path = jsonl(tmp_path / "[/] [bold].jsonl", row)
@@ -275,6 +278,7 @@ def answers_of(adapter, prompts):
     return generate(load_adapter(small_model(), adapter), prompts, max_new_tokens=6)
 
 
+@pytest.mark.slow
 def test_generate_prints_one_answer_a_prompt_with_the_adapters_template(command, small, adapter):
     prompts = ["one", "another", "third"]
     status, out, err = command("generate", "--adapter", adapter, "--max-new-tokens", 6, *prompts)
@@ -282,6 +286,7 @@ def test_generate_prints_one_answer_a_prompt_with_the_adapters_template(command,
     assert out == "".join(answer + "\n" for answer in answers_of(adapter, prompts))
 
 
+@pytest.mark.slow
 def test_evaluate_writes_the_share_of_right_answers(command, small, adapter, tmp_path):
     prompts = ["one", "another", "third", "fourth"]
     rows = [{"prompt": p, "response": a} for p, a in zip(prompts, answers_of(adapter, prompts), strict=True)]

@@ -31,6 +31,7 @@ def test_the_examples_are_found():
     assert {"gemma_lora.layers.loss", "gemma_lora.base.lazy"} <= set(WITH_EXAMPLES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WITH_EXAMPLES)
 def test_the_examples_of(name):
     found = doctest.DocTestFinder(exclude_empty=True).find(importlib.import_module(name))
@@ -42,6 +43,7 @@ def test_the_examples_of(name):
     assert not runner.failures, "".join(said)
 
 
+@pytest.mark.slow
 def test_finding_the_examples_imports_no_model():
     heavy = {"keras_hub", "tensorflow", "keras", "jax"}
     script = f"import sys, tests.test_doctests; assert not {heavy} & set(sys.modules), sys.modules.keys()"

@@ -436,6 +436,7 @@ assert abs(float(loss) - 1.3863) < 1e-3
 """
 
 
+@pytest.mark.slow
 def test_the_numbers_and_layers_need_no_kerashub():
     script = WITHOUT_KERASHUB.format(names=ALONE)
     env = {name: value for name, value in os.environ.items() if name != "KERAS_BACKEND"}

@@ -22,6 +22,7 @@ ALLOWED = {
     ("layers/surgery.py", "computed"): "the swapped layer is set as the attribute that held the old one",
     ("layers/surgery.py", "private"): "in a functional model the graph's nodes name the layer too",
     ("gemma/gguf.py", "computed"): "fields of a SentencePiece message, which is no Keras object",
+    ("gemma/unfilled.py", "state"): "Keras fills variables that wait as soon as a scope ends; a file fills these",
 }
 
 KINDS = {
@@ -33,6 +34,7 @@ KINDS = {
     "module": "a library's module is written (`keras.x = …`, `sys.modules[…] = …`)",
     "tracker": "Keras's lock of a built layer is touched (`x._tracker`)",
     "private": "a private attribute of another object is set (`x._kernel = …`)",
+    "state": "Keras's global state is written (`set_global_attribute(…)`)",
     "computed": "an attribute with a computed name is set on another object (`setattr(x, name, …)`)",
 }
 LIBRARIES = ("keras", "keras_hub", "tensorflow", "tensorflow_text")
@@ -130,6 +132,8 @@ def _of_call(node: ast.Call, libraries: set[str]) -> Iterator[str]:
             yield "computed"
         if _first_name(owner) in libraries:
             yield "module"
+    elif name == "set_global_attribute":
+        yield "state"
     elif name == "delattr" and node.args and not _is_self(node.args[0]):
         yield "deletion"
     elif name in WRITES and isinstance(node.func, ast.Attribute):
@@ -236,6 +240,8 @@ BAD = [
     ("module", "import sys\nsys.modules['tensorflow'] = None"),
     ("module", "import sys\nsys.modules.update(x)"),
     ("module", "import sys\ndel sys.modules['tensorflow']"),
+    ("state", "global_state.set_global_attribute('name', [])"),
+    ("state", "set_global_attribute('name', [])"),
     ("tracker", "parent._tracker.unlock()"),
     ("tracker", "with_lock(layer._tracker)"),
     ("private", "tensor._keras_history = history"),

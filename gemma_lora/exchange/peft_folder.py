@@ -198,7 +198,7 @@ def _common_rank(folder: Path, rank: int | None, modules: dict[str, dict[str, np
         if found != wanted or found < 1:
             said = f"{CONFIG} has r = {rank}" if rank is not None else f"another module has rank {wanted}"
             raise GemmaLoraError(f"{folder}: {module} has lora_A of rank {found}, but {said}. Save the adapter again.")
-    return wanted or 0  # no module at all: whoever looks for their places says so
+    return wanted or 0  # no module at all: the caller, who looks for their places, reports it
 
 
 def _read_template(path: Path) -> Template | None:

@@ -60,6 +60,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt * resource.getpagesize(
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
 def test_freed_memory_is_used_again_without_asking_the_system():
     """30 times 64 MB, one after another, in a thread: 1.9 GB of fresh pages, or what the heap takes to settle."""

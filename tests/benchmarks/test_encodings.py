@@ -37,6 +37,7 @@ def test_sizes_count_every_variable_once_packed_or_not(encodings, model):
     assert 8 < packed["linear_bits"] < 12 and 8 < packed["embedding_bits"] < 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", [None, "nf4"])
 def test_block_losses_are_the_perplexitys(encodings, model, scheme):
     if scheme:

@@ -118,6 +118,7 @@ one_process.report({{"name": name}})
 """
 
 
+@pytest.mark.slow
 def test_what_is_compared_works_in_turns_and_never_two_at_once(benchmark_script, tmp_path, capsys):
     one_process = benchmark_script("one_process")
     script, log = tmp_path / "script.py", tmp_path / "log"

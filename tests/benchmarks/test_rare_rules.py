@@ -35,6 +35,7 @@ def test_a_line_is_of_one_kind(script, prompt, day, kind):
     assert script.kind_of(prompt, json.dumps({"date": day})) == kind
 
 
+@pytest.mark.slow
 def test_any_prefix_has_the_kinds_in_their_shares(script, lines):
     assert sum(script.SHARES.values()) == pytest.approx(1)
     for count in (300, 1200):
@@ -42,6 +43,7 @@ def test_any_prefix_has_the_kinds_in_their_shares(script, lines):
         assert all(abs(found[kind] - share * count) < 2 for kind, share in script.SHARES.items()), found
 
 
+@pytest.mark.slow
 def test_the_answers_of_half_rules_follow_from_them(lines):
     for line in lines:
         answer = json.loads(line["response"])
@@ -50,6 +52,7 @@ def test_the_answers_of_half_rules_follow_from_them(lines):
         assert date.fromisoformat(answer["date"]) in dates_in(rest, order, reference), line
 
 
+@pytest.mark.slow
 def test_no_line_is_one_that_is_scored(script, lines):
     without = {line["prompt"] for line in lines[:50]}
     prompts = {line["prompt"] for line in script.half_rules(300, without)}

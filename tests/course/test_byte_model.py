@@ -130,6 +130,7 @@ def test_the_first_step_is_a_step_of_adam(texts):
     assert np.isclose(np.abs(moved).max(), 1e-3, rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_bits_per_byte_is_the_mean_over_windows_side_by_side():
     model, text = small(), np.random.default_rng(1).integers(0, 256, 16 * 5 + 9).astype("uint8")
     total = 0.0

@@ -73,6 +73,7 @@ def test_the_tiny_models_attention_is_kerashubs(gemma):
         np.testing.assert_allclose(ours, keras_attention(layer, x), atol=2e-6)
 
 
+@pytest.mark.slow
 def test_a_global_block_sees_everything_and_turns_slower():
     import keras
 
@@ -166,6 +167,7 @@ def test_rows_of_attention_sum_to_one(weights):
         assert (rows[:, ~transformer.sliding_window_mask(len(LONG), block["window"])] == 0).all()
 
 
+@pytest.mark.slow
 def test_a_key_head_is_shared_by_its_group(weights, rng):
     block, x, mask = weights["blocks"][0], rng.normal(size=(5, 16)), transformer.causal_mask(5)
     output, rows = transformer.grouped_query_attention(x, block, mask)

@@ -273,6 +273,7 @@ def notes_of(prompt):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", COUNTS)
 def test_each_answer_follows_from_its_line(split):
     problems = []

@@ -27,6 +27,7 @@ def trained(model, targets="all-linear", **named):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", [("query", "value"), ("down",), "all-linear"])
 @pytest.mark.parametrize("kind", [{}, {"rslora": True}, {"dora": True}, {"rslora": True, "dora": True}], ids=str)
 def test_round_trip(tmp_path, any_gemma, targets, kind):
@@ -91,6 +92,7 @@ def test_adapters_are_swapped(tmp_path, gemma, dora):
     assert [layer.dora for layer in lora.lora_layers(gemma)] == [dora] * 2
 
 
+@pytest.mark.slow
 def test_a_dora_adapter_may_have_trained_the_magnitudes_only(tmp_path, gemma):
     lora.apply_lora(gemma, rank=2, dora=True)
     save_adapter(gemma, tmp_path)
@@ -212,6 +214,7 @@ def with_lora():
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("message", [*SPOILERS, *DORA_SPOILERS])
 def test_a_bad_folder_is_refused_and_the_model_unchanged(tmp_path, folders, with_lora, message):
     path = shutil.copytree(folders[message in DORA_SPOILERS], tmp_path / "adapter")

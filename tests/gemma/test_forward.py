@@ -54,6 +54,7 @@ def theirs(model):
     return np.asarray(model.backbone({"token_ids": IDS, "padding_mask": MASK}))[MASK > 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_hidden_states_are_keras_hubs(any_gemma, kind):
     plain = theirs(any_gemma)
@@ -64,6 +65,7 @@ def test_hidden_states_are_keras_hubs(any_gemma, kind):
         assert np.abs(ours - plain).max() > 1e-3  # the kind of weights matters
 
 
+@pytest.mark.slow
 def test_settled_weights_give_what_the_others_give(any_gemma):
     architecture = architecture_of(any_gemma.backbone)
     for kind in ("LoRA", "DoRA", "DoRA on int4"):
@@ -76,6 +78,7 @@ def test_settled_weights_give_what_the_others_give(any_gemma):
     assert hash(architecture) == hash(architecture_of(any_gemma.backbone))
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_as_keras_hub_does():
     model = tiny_gemma(3)
     config = model.backbone.get_config() | {"dtype": "bfloat16", "name": None}
@@ -88,6 +91,7 @@ def test_bfloat16_computes_as_keras_hub_does():
     assert hidden_states(short, IDS).dtype == "bfloat16"
 
 
+@pytest.mark.slow
 def test_remat_and_the_plain_pass_have_the_same_gradients(gemma):
     model = trained_lora(gemma, dora=True)
     architecture, weights = architecture_of(model.backbone), collect(model)
@@ -131,6 +135,7 @@ def test_only_differences_of_positions_count(gemma):
 # --- what is refused ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_is_not_computed_is_refused_by_name(gemma):
     with pytest.raises(GemmaLoraError, match="Sequential; gemma_lora computes GemmaBackbone"):
         architecture_of(keras.Sequential([keras.layers.Dense(2)]))
@@ -186,6 +191,7 @@ def test_a_changed_mask_changes_the_result(gemma):
     np.testing.assert_array_equal(after[0, :2], before[0, :2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [401, 770])
 def test_stretches_change_nothing(gemma, length, monkeypatch):
     architecture = architecture_of(gemma.backbone)

@@ -337,6 +337,7 @@ def test_a_tokenizer_that_lacks_something_is_refused(file, name):
         gguf.read_index(file)
 
 
+@pytest.mark.slow
 def test_wherever_a_file_is_cut_it_is_refused_or_whole(tmp_path):
     whole = tmp_path / "whole.gguf"
     stored = write_gguf(whole)

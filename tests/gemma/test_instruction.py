@@ -43,6 +43,7 @@ def test_the_name_or_the_file_says_it(source, fields, tuned):
     assert is_instruction_tuned(source, fields) is tuned
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tuned", "template"), [(False, Template.base()), (True, Template.gemma_chat())])
 def test_answers_and_training_take_the_weights_template(tuned, template):
     """Where neither caller nor adapter nor dataset names one."""

@@ -91,6 +91,7 @@ def test_mixed_precision_makes_the_tokens_of_the_rounded_model(any_gemma, monkey
         assert answer.tolist() == naive(any_gemma, prompt, [1], 9, logits=logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", [False, True])
 def test_mixed_precision_rounds_every_product_with_frozen_weights(gemma, adapter):
     if adapter:
@@ -175,6 +176,7 @@ def test_the_kernels_that_packing_replaces_are_not_kept(gemma, generate):
     assert [part() for part in codes] == [None] * 14
 
 
+@pytest.mark.slow
 def test_the_likeliest_token_is_the_first_of_the_largest_logits():
     rng = np.random.default_rng(0)
     table, hidden = rng.normal(size=(9001, 8)).astype("float32"), rng.normal(size=(5, 8)).astype("float32")

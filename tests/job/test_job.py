@@ -159,6 +159,7 @@ def test_the_report_shows_splits_fields_and_five_answers(finished):
     assert not [name for name in files if name.endswith(".tmp")]
 
 
+@pytest.mark.slow
 def test_a_single_file_is_scored_on_its_validation_lines(tmp_path, monkeypatch):
     """Names look like markup, three lines are bad, the base is not scored: nothing of it may stop the job."""
     (tmp_path / "[").mkdir()

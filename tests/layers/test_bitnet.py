@@ -150,6 +150,7 @@ def test_the_kernels_gradient_is_the_rounded_inputs_times_the_outputs():
     assert np.allclose(jax.grad(loss)(layer.kernel.value), wanted, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_inputs_gradient_goes_through_the_ternary_kernel_and_the_norm():
     layer, x = built(BitLinear)
     fixed = dequantize(ternary_quantize(layer.kernel))
@@ -186,6 +187,7 @@ def test_units_must_be_a_count(units):
 # --- the frozen form ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("d_in", "units"), [(24, 10), (7, 3), (1, 1), (33, 64)])
 def test_the_frozen_layer_computes_what_the_trained_one_does(d_in, units):
     layer, x = built(BitLinear, d_in, units)
@@ -212,6 +214,7 @@ def model_of(kind):
     return keras.Model(inputs, x + inputs)
 
 
+@pytest.mark.slow
 def test_a_model_is_frozen_saved_and_read_again(tmp_path):
     keras.utils.set_random_seed(0)  # a sum on the edge between two codes may be rounded either way
     model = model_of(BitLinear)

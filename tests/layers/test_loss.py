@@ -49,6 +49,7 @@ def test_value_and_gradients_equal_the_full_loss(chunk_size, soft_cap, dtype, to
         )
 
 
+@pytest.mark.slow
 def test_gradient_is_the_finite_difference():
     hidden, embeddings, targets, weights = problem(3)
     gradient = jax.grad(chunked_cross_entropy)(hidden, embeddings, targets, weights, 4)
@@ -287,6 +288,7 @@ def test_mixed_precision_is_the_loss_of_rounded_factors():
     np.testing.assert_array_equal(kept_gradient, gradient)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shortcut", ["mixed_precision", "filter_gradient"])
 @pytest.mark.parametrize("unsure", [0, 1, 16, 17, 100, 150])
 def test_a_block_is_left_out_only_for_tokens_in_whose_softmax_it_has_no_share(monkeypatch, shortcut, unsure):

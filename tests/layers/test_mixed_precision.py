@@ -86,6 +86,7 @@ def gradients(model, mixed_precision, targets="all-linear"):
     return np.concatenate([(a - np.asarray(b)).ravel() for a, b in zip(before, tuner.trainable_variables, strict=True)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("generation", "targets"), [(2, "all-linear"), (3, "all-linear"), (3, ("query", "value"))])
 def test_gradients_point_where_float32s_do(generation, targets):
     plain, mixed = (gradients(tiny_gemma(generation), flag, targets) for flag in (False, True))
@@ -102,6 +103,7 @@ def test_outside_training_nothing_is_rounded(gemma):
     np.testing.assert_array_equal(gemma.backbone(x), before)
 
 
+@pytest.mark.slow
 def test_attention_rounds_while_training_only(gemma, monkeypatch):
     formed = []
 
@@ -121,6 +123,7 @@ def test_attention_rounds_while_training_only(gemma, monkeypatch):
     assert len(formed) == 2 * len(gemma.backbone.transformer_layers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packed", [False, True])
 def test_updates_are_rounded_while_training_only(gemma, monkeypatch, packed):
     formed = []
@@ -179,6 +182,7 @@ def test_rounded_copies_are_variables_of_the_tuner(gemma):
     assert not FineTuner(gemma, mixed_precision=False).copies
 
 
+@pytest.mark.slow
 def test_a_kernel_that_is_assigned_to_is_rounded_anew(gemma):
     lora.apply_lora(gemma, rank=2)
     tuner = FineTuner(gemma, mixed_precision=True)

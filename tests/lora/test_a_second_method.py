@@ -22,6 +22,7 @@ def test_it_is_short():
     assert len(lines) < 80
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", [None, "nf4"])
 @pytest.mark.parametrize("named", [{}, {"remat": True}, {"mixed_precision": True}])
 def test_it_is_trained_and_answers(scheme, named):

@@ -72,6 +72,7 @@ def test_layer_is_a_keras_model_with_the_same_weights():
     np.testing.assert_allclose(adapter(x), model(x), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_start_is_close_to_the_identity_and_not_stuck():
     adapter = built(bottleneck=16, width=400, seed=1)
     down, up = np.asarray(adapter.down_kernel), np.asarray(adapter.up_kernel)
@@ -91,6 +92,7 @@ def test_parameter_count_is_what_the_layer_holds(width, bottleneck):
     assert adapters.parameter_count(width, bottleneck) == sum(v.value.size for v in adapter.trainable_variables)
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_finite_differences():
     adapter = built(activation="tanh")
     values = [w.astype("float64") for w in random_weights(adapter)]
@@ -134,6 +136,7 @@ def test_bfloat16_stays_bfloat16_over_float32_weights():
     assert adapter(np.ones((2, 5), "float32")).dtype == "bfloat16"
 
 
+@pytest.mark.slow
 def test_a_saved_keras_model_comes_back(tmp_path):
     model = filled(adapters.apply_adapters(plain_model(), 2, ("first", "second")))
     model.save(tmp_path / "model.keras")
@@ -255,6 +258,7 @@ def block_by_hand(block, x, adapted):
     return x + (block.post_ffw_norm(h) if block.use_post_ffw_norm else h)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("generation", [1, 2, 3])
 def test_the_adapters_stand_behind_both_sub_layers_and_before_the_post_norm(generation):
     adapted, plain = tiny_gemma(generation), tiny_gemma(generation)

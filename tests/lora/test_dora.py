@@ -93,6 +93,7 @@ def test_einsum_output_is_the_equation_and_merging_and_back(case, rslora):
     np.testing.assert_allclose(layer(x), expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_dense_scales_neither_bias_nor_after_the_activation():
     dense = keras.layers.Dense(4, activation="relu", bias_initializer="ones")
     dense.build((None, 3))
@@ -130,6 +131,7 @@ def test_a_new_layer_changes_no_bit_and_trains_three_arrays(dtype):
     np.testing.assert_allclose(layer.magnitude, np.linalg.norm(matrix(layer).astype("float64"), axis=0), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_gemma_begins_as_it_was_and_is_left_as_it_was(any_gemma):
     before = np.asarray(any_gemma.backbone(INPUTS))
     lora.apply_lora(any_gemma, rank=2, targets="all-linear", dora=True)
@@ -153,6 +155,7 @@ def test_a_merged_update_stays_when_the_layers_go(gemma):
     np.testing.assert_allclose(gemma.backbone(INPUTS), tuned, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_dead_columns_stay_dead_and_come_back_from_a_merge():
     """A column of zeros, and one whose magnitude is zero: nothing is divided by zero, nothing is lost."""
     dense = keras.layers.Dense(4, use_bias=False)
@@ -205,6 +208,7 @@ def einsum_layer():
     return lora.LoRAEinsumDense(base, rank=RANK, alpha=ALPHA, dora=True, seed=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [dense_layer, einsum_layer])
 def test_gradients_are_finite_differences_at_a_constant_norm(make):
     layer = make()
@@ -242,6 +246,7 @@ def test_with_dropout_the_kernels_product_takes_the_dropped_inputs_in_what_dora_
     np.testing.assert_allclose(layer(x), x @ (scale * (kernel + delta)), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_keras_dropout_drops_while_training_only():
     dense = keras.layers.Dense(4)
     dense.build((None, 50))
@@ -251,6 +256,7 @@ def test_keras_dropout_drops_while_training_only():
     assert np.abs(np.asarray(layer(x, training=True)) - np.asarray(layer(x))).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_no_kernel_is_kept_for_the_backward_pass():
     """Besides the kernel itself, which the product's gradient needs, nothing of its size is kept."""
     for packs in (False, True):

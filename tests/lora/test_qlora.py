@@ -205,6 +205,7 @@ def test_merging_error_is_the_rounding_of_the_sum(small, dora):
     assert qlora.merging_error(model)[f"3 {layer.name}"] == pytest.approx(error, rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "named", [{"scheme": "nf5"}, {"scheme": "int8", "double_quant": True}, {"scheme": "int4", "double_quant": True}]
 )

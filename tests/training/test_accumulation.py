@@ -10,6 +10,7 @@ from gemma_lora.training import FineTuner, optimizer_steps
 from tests.training.conftest import arrays, assert_alike, moved, part, small_gemma, small_tuner, weights_of
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [3, 5, 50])
 def test_batches_that_make_a_step_train_as_one_large_batch(lines, accumulate):
     """With the default schedule, over two epochs; 50 is more than there are batches."""
@@ -24,6 +25,7 @@ def test_batches_that_make_a_step_train_as_one_large_batch(lines, accumulate):
     assert all(moved(many, start))
 
 
+@pytest.mark.slow
 def test_two_batches_of_fifty_train_b(lines):
     tuner = small_tuner(accumulate=50, row_length=150)
     assert len(tuner.batches(lines)) == 2
@@ -33,6 +35,7 @@ def test_two_batches_of_fifty_train_b(lines):
     assert all(np.any(v) for v in tuner.trainable_variables if v.name == "lora_b")
 
 
+@pytest.mark.slow
 def test_arrays_train_as_one_large_batch_too():
     """Without `compile`. Five batches of two examples an epoch against batches of four."""
     x, y, weights = arrays(10)
@@ -43,6 +46,7 @@ def test_arrays_train_as_one_large_batch_too():
     assert_alike(*tuners)
 
 
+@pytest.mark.slow
 def test_a_generator_with_an_optimizer_of_ones_own_and_validation():
     data = arrays(6)
     found = []
@@ -57,6 +61,7 @@ def test_a_generator_with_an_optimizer_of_ones_own_and_validation():
     assert found[0][1] == pytest.approx(found[1][1], rel=1e-6) == pytest.approx(tuner.test_on_batch(*data), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_an_optimizer_of_ones_own_makes_the_step_of_one_large_batch():
     data = arrays(4)
     many, large, alone = small_tuner(accumulate=3), small_tuner(), small_tuner()
@@ -80,6 +85,7 @@ def test_an_optimizer_of_ones_own_makes_the_step_of_one_large_batch():
     assert_alike(many, alone)
 
 
+@pytest.mark.slow
 def test_without_weights_every_token_counts():
     """A batch of four rows and one of two: twice as many tokens."""
     (x, y, _), found = arrays(6), []
@@ -97,6 +103,7 @@ def test_kerass_own_accumulation_is_refused_with_a_remedy():
         tuner.compile(keras.optimizers.SGD(0.5, gradient_accumulation_steps=2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_every_row_of_the_log_is_its_batchs_own_loss(tmp_path, lines, accumulate):
     tuner = small_tuner(accumulate=accumulate, run_dir=tmp_path)

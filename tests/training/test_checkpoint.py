@@ -80,6 +80,7 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_bits(tmp_path, whole, caps
     assert [row["loss"] for row in rows] == [row["loss"] for row in whole.log.rows]
 
 
+@pytest.mark.slow
 def test_a_run_that_stopped_inside_a_step_goes_on_with_the_same_bits(tmp_path):
     """Two batches make a step: the checkpoint of batch 1 holds half of one."""
     right = train(tmp_path / "whole", accumulate=2, epochs=2)
@@ -146,6 +147,7 @@ def killed(folder, where, step):
     return subprocess.run(command, cwd=root, env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True).returncode
 
 
+@pytest.mark.slow
 def test_sigkill_between_steps_and_while_a_checkpoint_is_written(tmp_path, whole):
     assert killed(tmp_path, "between", 2) == -signal.SIGKILL
     assert checkpoint.load(tmp_path).step >= 1
@@ -156,6 +158,7 @@ def test_sigkill_between_steps_and_while_a_checkpoint_is_written(tmp_path, whole
         np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.slow
 def test_a_finished_run_says_so_and_changes_nothing(tmp_path, capsys):
     first = train(tmp_path)
     again = train(tmp_path)
@@ -164,6 +167,7 @@ def test_a_finished_run_says_so_and_changes_nothing(tmp_path, capsys):
         np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change, named",
     [
@@ -179,6 +183,7 @@ def test_changed_settings_are_named(tmp_path, change, named):
         train(tmp_path, **change)
 
 
+@pytest.mark.slow
 def test_a_weight_that_is_no_number_leaves_the_last_good_checkpoint(tmp_path):
     class Spoil(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None):
@@ -192,6 +197,7 @@ def test_a_weight_that_is_no_number_leaves_the_last_good_checkpoint(tmp_path):
     assert all(np.isfinite(a).all() for a in checkpoint.load(tmp_path).arrays.values())
 
 
+@pytest.mark.slow
 def test_a_full_disk_says_which_checkpoint_there_is(tmp_path, monkeypatch):
     save, count = checkpoint.save, []
 
@@ -207,6 +213,7 @@ def test_a_full_disk_says_which_checkpoint_there_is(tmp_path, monkeypatch):
     assert checkpoint.load(tmp_path).step == 1
 
 
+@pytest.mark.slow
 def test_stopped_before_the_first_checkpoint(tmp_path, capsys):
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, [StopAt(1)])

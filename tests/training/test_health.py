@@ -134,6 +134,7 @@ class WrongGradient(keras.layers.Layer):
         return passed_on(x)
 
 
+@pytest.mark.slow
 def test_a_wrong_gradient_is_seen():
     assert health.gradient_is_right(network(), numbers()).fine
     model = network(WrongGradient())
@@ -160,12 +161,14 @@ def test_dropout_in_evaluation_is_seen():
     assert not health.evaluates_alike(network(AlwaysDropout(0.3)), numbers()).fine
 
 
+@pytest.mark.slow
 def test_a_mean_over_padding_is_seen():
     model = gemma_with_lora(reduction="sum_over_batch_size")
     finding = health.padding_is_free(model, traps.random_rows())
     assert not finding.fine and "8 more" in finding.says
 
 
+@pytest.mark.slow
 def test_neighbours_that_are_seen():
     model, (x, y, weights) = gemma_with_lora(), traps.random_rows()
     x["padding_mask"] = np.array([[1] * 6 + [2] * 6] * 4, "int32")

@@ -47,6 +47,7 @@ def test_an_unknown_rate_is_constant_and_a_known_number_of_steps_makes_a_schedul
     assert default_optimizer(0.01, 0.1, 7)._learning_rate.get_config() == {"peak": 0.01, "steps": 7, "warmup": 0.1}
 
 
+@pytest.mark.slow
 def test_fit_with_arrays_needs_no_compile():
     tuner = small_tuner()
     start = weights_of(tuner)
@@ -61,6 +62,7 @@ def test_an_unknown_length_is_a_clear_error():
         small_tuner().fit(generator(), verbose=0)
 
 
+@pytest.mark.slow
 def test_train_on_batch_needs_no_compile():
     tuner = FineTuner(small_gemma(), learning_rate=0.01)
     start = weights_of(tuner)
@@ -69,6 +71,7 @@ def test_train_on_batch_needs_no_compile():
     assert float(tuner.optimizer.learning_rate) == pytest.approx(0.01)
 
 
+@pytest.mark.slow
 def test_a_second_fit_is_a_training_of_its_own(lines):
     """A smoke test before it changes its start and nothing else."""
     tuner = small_tuner()
@@ -86,6 +89,7 @@ def test_a_second_fit_is_a_training_of_its_own(lines):
         np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.slow
 def test_a_second_fit_with_arrays_is_too():
     data, tuner = arrays(4), small_tuner()
     for epochs in (1, 3):
@@ -94,6 +98,7 @@ def test_a_second_fit_with_arrays_is_too():
         assert all(moved(tuner, start)) and int(tuner.optimizer.iterations) == 2 * epochs
 
 
+@pytest.mark.slow
 def test_an_optimizer_of_ones_own_goes_on(lines):
     tuner = small_tuner(accumulate=2)
     tuner.compile_for(3)
@@ -105,6 +110,7 @@ def test_an_optimizer_of_ones_own_goes_on(lines):
         assert tuner.optimizer is mine and int(mine.iterations) == count * steps
 
 
+@pytest.mark.slow
 def test_a_second_fit_in_a_run_folder(tmp_path, lines, capsys):
     tuner = small_tuner(run_dir=tmp_path)
     tuner.fit(lines, limit=12, verbose=0)

@@ -48,6 +48,7 @@ def quantized(model, folder):
 CHANGES = [merge, another_alpha, another_lora, quantized]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mixed_precision", [False, True])
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_a_changed_model_is_evaluated_and_trained_as_it_is(tmp_path, change, mixed_precision):
@@ -73,6 +74,7 @@ def test_a_changed_model_is_evaluated_and_trained_as_it_is(tmp_path, change, mix
     assert all(moved(tuner, after))
 
 
+@pytest.mark.slow
 def test_a_changed_model_before_the_first_step(tmp_path):
     """Rounded copies are made with the tuner, which is before."""
     model = small_gemma()
@@ -84,6 +86,7 @@ def test_a_changed_model_before_the_first_step(tmp_path):
     assert len(held) == len(tuner.copies) == 7 + 1  # none of those before
 
 
+@pytest.mark.slow
 def test_a_users_optimizer_asks_for_compile(tmp_path, lines):
     model = small_gemma()
     tuner = small_tuner(model)
@@ -100,6 +103,7 @@ def test_a_users_optimizer_asks_for_compile(tmp_path, lines):
     assert all(moved(tuner, start))
 
 
+@pytest.mark.slow
 def test_an_unchanged_model_is_compiled_once():
     tuner = small_tuner()
     tuner.train_on_batch(*DATA)
@@ -110,6 +114,7 @@ def test_an_unchanged_model_is_compiled_once():
     assert (tuner.train_function, tuner.test_function) == functions
 
 
+@pytest.mark.slow
 def test_a_merged_model_is_evaluated_and_not_trained(lines):
     model = small_gemma()
     tuner = small_tuner(model)
@@ -143,6 +148,7 @@ def test_remat_with_dropout_that_came_later_is_refused():
         tuner.train_on_batch(*DATA)
 
 
+@pytest.mark.slow
 def test_a_fingerprint_sees_flags_and_keeps_nothing_alive():
     dense = keras.layers.Dense(3, use_bias=False)
     model = keras.Sequential([keras.Input((2,)), dense])
@@ -179,6 +185,7 @@ def chunks(monkeypatch):
     return found
 
 
+@pytest.mark.slow
 def test_a_chunk_is_chosen_for_each_shape_and_recorded(tmp_path, lines, chunks):
     tuner = small_tuner(run_dir=tmp_path, rows=2)
     tuner.fit(lines, verbose=0)
@@ -194,6 +201,7 @@ def test_a_chunk_is_chosen_for_each_shape_and_recorded(tmp_path, lines, chunks):
     assert chunks[40, 12] == 240  # 480 tokens in two
 
 
+@pytest.mark.slow
 def test_a_given_chunk_is_used_everywhere(lines, chunks):
     tuner = small_tuner(chunk_size=24)
     tuner.fit(lines, limit=6, verbose=0)

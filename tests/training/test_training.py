@@ -30,6 +30,7 @@ def dataset():
     return load_dataset(RECORDS, template=Template("{prompt}:", "{response}<eos>"))
 
 
+@pytest.mark.slow
 def test_fit_learns_logs_and_leaves_the_base_alone(tmp_path, gemma, tokenizer, dataset):
     tuner = tuner_for(gemma, tokenizer, run_dir=tmp_path, learning_rate=2e-2)
     frozen = {v.path: np.asarray(v) for v in gemma.non_trainable_variables}
@@ -43,6 +44,7 @@ def test_fit_learns_logs_and_leaves_the_base_alone(tmp_path, gemma, tokenizer, d
     assert all(np.any(layer.lora_b) for layer in lora.lora_layers(gemma))
 
 
+@pytest.mark.slow
 def test_logged_loss_is_each_steps_own(gemma, tokenizer, dataset):
     tuner = tuner_for(gemma, tokenizer)
     tuner.compile(keras.optimizers.SGD(0.0))  # nothing moves: each batch's loss can be computed apart
@@ -52,6 +54,7 @@ def test_logged_loss_is_each_steps_own(gemma, tokenizer, dataset):
     np.testing.assert_allclose(logged, alone, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_frozen_weights_are_never_copied(gemma, tokenizer, dataset):
     tuner = tuner_for(gemma, tokenizer)
     tuner.compile_for(5)
@@ -76,6 +79,7 @@ def test_optimizer_holds_nothing_for_frozen_weights(gemma, tokenizer):
     assert states < 2 * trainable + 10
 
 
+@pytest.mark.slow
 def test_takes_kerashubs_arrays(gemma, tokenizer):
     tuner = tuner_for(gemma, tokenizer)
     tuner.compile("adam")
@@ -84,6 +88,7 @@ def test_takes_kerashubs_arrays(gemma, tokenizer):
     assert len(history.history["loss"]) == 2
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_stops_with_a_message(gemma, tokenizer, dataset):
     tuner = tuner_for(gemma, tokenizer)
     gemma.backbone.layer_norm.scale.assign(np.full(gemma.backbone.layer_norm.scale.shape, np.nan))
@@ -117,6 +122,7 @@ def batch_pair(seed=0):
     return x, y, [(rng.random((2, 12)) > limit).astype("float32") for limit in (0.2, 0.8)]
 
 
+@pytest.mark.slow
 def test_validations_loss_is_a_mean_however_many_batches_make_a_step(gemma):
     x, y, weights = batch_pair()
     lora.apply_lora(gemma, rank=2)
@@ -128,6 +134,7 @@ def test_validations_loss_is_a_mean_however_many_batches_make_a_step(gemma):
     assert found[0] == pytest.approx(found[1], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_remat_changes_memory_and_nothing_else(any_gemma):
     x, y, weights = batch_pair()
     lora.apply_lora(any_gemma, rank=2, targets="all-linear")
