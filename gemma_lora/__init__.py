@@ -15,7 +15,7 @@ from gemma_lora.base.lazy import lazy_names
 if TYPE_CHECKING:
     from gemma_lora.base.files import GemmaLoraError as GemmaLoraError
     from gemma_lora.data.dataset import load_dataset as load_dataset
-    from gemma_lora.data.dataset import show_mask as show_mask
+    from gemma_lora.data.mask import show_mask as show_mask
     from gemma_lora.data.templates import Template as Template
     from gemma_lora.exchange.peft import load_adapter as load_adapter
     from gemma_lora.exchange.peft import save_adapter as save_adapter
@@ -41,7 +41,8 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "base.files": ["GemmaLoraError"],
-    "data.dataset": ["load_dataset", "show_mask"],
+    "data.dataset": ["load_dataset"],
+    "data.mask": ["show_mask"],
     "data.templates": ["Template"],
     "exchange.peft": ["load_adapter", "save_adapter"],
     "gemma.load": ["load_gemma"],

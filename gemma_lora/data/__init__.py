@@ -3,8 +3,10 @@
 from gemma_lora.base.lazy import lazy_names
 
 _MODULES: dict[str, list[str]] = {
-    "dataset": ["Dataset", "load_dataset", "Encoded", "encode", "encode_prompt", "batches", "MaskView", "show_mask"],
-    "formats": ["Example", "BadLines", "read_jsonl", "from_records", "to_example"],
+    "dataset": ["Dataset", "load_dataset"],
+    "encoding": ["Encoded", "encode", "encode_prompt", "batches"],
+    "formats": ["Example", "Prompt", "BadLines", "read_jsonl", "from_records", "to_example"],
+    "mask": ["MaskView", "show_mask"],
     "packing": ["Batch", "pack"],
     "templates": ["CONTROL_TOKENS", "Template", "default_template", "template_of", "template_reason"],
 }

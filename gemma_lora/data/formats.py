@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,41 @@ class Example:
     @property
     def where(self) -> str:
         return f"{self.file or 'example'}:{self.line}"
+
+
+#: What a model may be asked: text, an example (everything before its last answer), or a chat's turns.
+Prompt = str | Example | Sequence[Mapping[str, str]]
+
+
+def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or several as a list."""
+    if isinstance(prompts, str | Example):
+        return [prompts]
+    given: list[Any] = list(prompts)
+    return [given] if given and all(isinstance(part, Mapping) for part in given) else given
+
+
+def turns_before_answer(prompt: Prompt) -> tuple[tuple[str, str], ...]:
+    """What a model sees before it answers, as (role, text), user and model in alternation, the user's last.
+
+    Args:
+        prompt: A `Prompt`. System text of a chat joins the user's first turn, as in training.
+
+    Raises:
+        ValueError: If it is none, or a chat whose turns do not alternate or end with the model's.
+
+    Example:
+
+    >>> turns_before_answer([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}])
+    (('user', 'Be brief.\\n\\nHello'),)
+    """
+    if isinstance(prompt, Example):
+        return prompt.turns[:-1] or (("user", prompt.prompt),)
+    if isinstance(prompt, str):
+        return (("user", prompt),)
+    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
+        raise ValueError(f"a prompt must be text, an Example or a list of turns. Received: {type(prompt).__name__}")
+    return _alternating(list(prompt), "chat", "role", "content", last="user")
 
 
 class BadLines:
@@ -53,6 +88,12 @@ class BadLines:
             f"{count} bad line{'s' if count > 1 else ''}:\n{shown}{rest}\n"
             "Mend them, or skip and count them with --skip-bad-lines (skip_bad_lines=True)."
         )
+
+
+def summary(skipped: Mapping[str, int]) -> str:
+    """One line about bad lines that were left out, given their number by file; empty if there were none."""
+    counts = ", ".join(f"{count} in {file}" for file, count in skipped.items())
+    return f"Bad lines skipped: {counts}." if counts else ""
 
 
 def read_jsonl(path: str | os.PathLike, skip_bad_lines: bool = False, bad: BadLines | None = None) -> list[Example]:
@@ -170,7 +211,12 @@ _ROLES = {"human": "user", "user": "user", "gpt": "model", "assistant": "model",
 
 
 def _conversation(entries: Any, field: str, role_key: str, text_key: str):
-    """Checks a chat: turns of user and model in alternation, the model's last; system text joins the first."""
+    turns = _alternating(entries, field, role_key, text_key, last="model")
+    return turns[-2][1], turns[-1][1], turns if len(turns) > 2 else ()
+
+
+def _alternating(entries: Any, field: str, role_key: str, text_key: str, last: str) -> tuple[tuple[str, str], ...]:
+    """Checks a chat: turns of user and model in alternation, the last one's role; system text joins the first."""
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"the field {field!r} must be a list of turns")
     system = ""
@@ -188,12 +234,12 @@ def _conversation(entries: Any, field: str, role_key: str, text_key: str):
         if _ROLES[role] != expected:
             raise ValueError(f"turns must alternate: turn {len(turns) + 1} is {role!r}, expected the {expected}'s")
         turns.append((_ROLES[role], text))
-    if not turns or turns[-1][0] != "model":
-        raise ValueError("the last turn must be the model's")
+    if not turns or turns[-1][0] != last:
+        raise ValueError(f"the last turn must be the {last}'s")
     if any(role == "model" and not text.strip() for role, text in turns):
         raise ValueError("an answer is empty")
     turns[0] = ("user", system + turns[0][1])
-    return turns[-2][1], turns[-1][1], tuple(turns) if len(turns) > 2 else ()
+    return tuple(turns)
 
 
 _Reader = Callable[[dict], tuple[str, str, Any]]

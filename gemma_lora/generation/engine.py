@@ -25,6 +25,9 @@ import numpy as np
 from gemma_lora.base.hardware import choose
 from gemma_lora.base.keras_on_jax import keras
 from gemma_lora.base.settings import DEFAULTS
+from gemma_lora.data.encoding import encode_prompt
+from gemma_lora.data.formats import Prompt, as_prompts
+from gemma_lora.data.templates import template_of
 from gemma_lora.gemma.architectures import Architecture, architecture_of
 from gemma_lora.gemma.attention import Attend, Keys, attention, in_window
 from gemma_lora.gemma.forward import forward
@@ -40,7 +43,7 @@ _MIN_PREFIX = 32  # a shared beginning shorter than this is not worth its own pa
 
 def generate(
     model: keras.Model,
-    prompts: str | Sequence[str],
+    prompts: Prompt | Sequence[Prompt],
     template: Any = None,
     max_new_tokens: int = 128,
     batch_size: int = DEFAULTS.batch_size,
@@ -51,7 +54,8 @@ def generate(
 
     Args:
         model: A KerasHub Gemma `CausalLM`, with an adapter or without.
-        prompts: A string or a list of strings, as a user writes them (without the template's text).
+        prompts: One or a list of: text as a user writes it (without the template's text); an `Example`, or a chat as
+            a list of `{"role", "content"}`, whose last turn is the user's.
         template: A `Template`; defaults to the adapter's, else Gemma's chat template.
         max_new_tokens: Integer, the most tokens of an answer.
         batch_size: Integer, prompts answered together.
@@ -65,18 +69,15 @@ def generate(
     Raises:
         ValueError: If `max_new_tokens` or `batch_size` is below 1.
     """
-    from gemma_lora.data.dataset import encode_prompt, template_of
-
     if max_new_tokens < 1 or batch_size < 1:
         raise ValueError(
             "`max_new_tokens` and `batch_size` must be at least 1. "
             f"Received: max_new_tokens={max_new_tokens}, batch_size={batch_size}"
         )
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     template = template_of(model, template)
     tokenizer = model.preprocessor.tokenizer
     stops = sorted({tokenizer.token_to_id(token) for token in (*template.stop, "<eos>")})
-    encoded = [np.asarray(encode_prompt(text, tokenizer, template), np.int32) for text in prompts]
+    encoded = [np.asarray(encode_prompt(prompt, tokenizer, template), np.int32) for prompt in as_prompts(prompts)]
     rows = generate_tokens(model, encoded, stops, max_new_tokens, batch_size, on_progress, mixed_precision)
     return [tokenizer.detokenize([int(i) for i in row]).strip() if len(row) else "" for row in rows]
 

@@ -16,8 +16,10 @@ import numpy as np
 from gemma_lora.base.files import GemmaLoraError
 from gemma_lora.base.keras_on_jax import keras
 from gemma_lora.base.settings import DEFAULTS
-from gemma_lora.data.dataset import Example, Template, encode, template_of
+from gemma_lora.data.encoding import encode
+from gemma_lora.data.formats import Example
 from gemma_lora.data.packing import Batch, pack
+from gemma_lora.data.templates import Template, template_of
 from gemma_lora.gemma.architectures import Architecture, architecture_of
 from gemma_lora.gemma.forward import packed_hidden
 from gemma_lora.gemma.weights import Weights, collect
@@ -102,7 +104,7 @@ def evaluate(
     on_progress: Callable[[int, int], None] | None = None,
     mixed_precision: bool | None = DEFAULTS.mixed_precision,
 ) -> Scores:
-    """Answers every example's prompt greedily and scores the answers.
+    """Answers every example greedily, a chat with all turns before its last answer, and scores the answers.
 
     Args:
         model: A KerasHub Gemma, with an adapter or without.
@@ -115,8 +117,7 @@ def evaluate(
     """
     if not examples:
         raise GemmaLoraError("There are no examples to evaluate on.")
-    prompts = [example.prompt for example in examples]
-    answers = generate(model, prompts, template, max_new_tokens, batch_size, on_progress, mixed_precision)
+    answers = generate(model, list(examples), template, max_new_tokens, batch_size, on_progress, mixed_precision)
     return score(answers, [example.response for example in examples])
 
 

@@ -17,7 +17,8 @@ from gemma_lora.base import hardware
 from gemma_lora.base.files import write_json_atomic
 from gemma_lora.base.hardware import machine, peak_memory_bytes, use_compilation_cache
 from gemma_lora.base.settings import MOST_NEW_TOKENS, Settings
-from gemma_lora.data.dataset import Dataset, Encoded, encode
+from gemma_lora.data.dataset import Dataset
+from gemma_lora.data.encoding import Encoded, encode
 from gemma_lora.data.formats import Example
 from gemma_lora.data.templates import template_of, template_reason
 from gemma_lora.exchange.peft import save_adapter
@@ -134,7 +135,7 @@ def answer_all(model, tests: Splits, template, settings: Settings, console: Cons
     with progress_bar(console, f"{', '.join(tests)}: {what}", len(examples)) as advance:
         answers = generate(
             model,
-            [example.prompt for example in examples],
+            examples,
             template,
             max_new_tokens=settings.max_new_tokens or MOST_NEW_TOKENS,
             batch_size=settings.batch_size,

@@ -18,8 +18,10 @@ from gemma_lora.base.files import GemmaLoraError, write_json_atomic
 from gemma_lora.base.hardware import choose, use_compilation_cache
 from gemma_lora.base.keras_on_jax import keras
 from gemma_lora.base.settings import DEFAULTS, check
-from gemma_lora.data import dataset as data_module
+from gemma_lora.data.dataset import Dataset
+from gemma_lora.data.encoding import encode
 from gemma_lora.data.packing import Batch, pack
+from gemma_lora.data.templates import template_of
 from gemma_lora.gemma.architectures import architecture_of
 from gemma_lora.gemma.attention import packed_rows
 from gemma_lora.gemma.forward import forward
@@ -267,7 +269,7 @@ class FineTuner(SteppedModel):
         }
 
     def batches(
-        self, dataset: data_module.Dataset, epoch: int = 0, limit: int | None = None, skip_bad_lines: bool = False
+        self, dataset: Dataset, epoch: int = 0, limit: int | None = None, skip_bad_lines: bool = False
     ) -> list[Batch]:
         """A dataset's training examples, encoded and packed.
 
@@ -279,10 +281,10 @@ class FineTuner(SteppedModel):
         """
         limit = check(limit=limit)["limit"]
         settings = self.settings
-        encoded = data_module.encode(
+        encoded = encode(
             dataset.train[:limit],
             self.causal_lm.preprocessor.tokenizer,
-            data_module.template_of(self.causal_lm, dataset.template),
+            template_of(self.causal_lm, dataset.template),
             max_length=settings["row_length"],
             skip_bad_lines=skip_bad_lines,
         )
@@ -326,7 +328,7 @@ class FineTuner(SteppedModel):
         kwargs |= {"verbose": verbose}
         if verbose:
             print(f"Training with {self.choice}.")
-        if isinstance(x, data_module.Dataset):
+        if isinstance(x, Dataset):
             _refuse_with_a_dataset({"y": y, "batch_size": batch_size} | kwargs)
             return self._fit_dataset(x, epochs, limit, skip_bad_lines, callbacks, **kwargs)
         if limit is not None or skip_bad_lines:
@@ -354,7 +356,7 @@ class FineTuner(SteppedModel):
         passes = [self.batches(dataset, epoch, limit, skip_bad_lines) for epoch in range(epochs)]
         batches = [batch for one in passes for batch in one]
         found, record = self._start(passes, batches, epochs=epochs, limit=limit)
-        self.causal_lm.gemma_lora_template = data_module.template_of(self.causal_lm, dataset.template)
+        self.causal_lm.gemma_lora_template = template_of(self.causal_lm, dataset.template)
         done = found.step if found else 0
         tokens = [int(np.count_nonzero(batch.weights)) for batch in batches[done:]]
         log_path = self.run_dir / "training.jsonl" if self.run_dir else None
