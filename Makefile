@@ -50,10 +50,10 @@ quick: env ## lint, types and the unit tests that need no real weights (two core
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --ignore tests/parity -m "not real and not slow"
 
-test: env ## unit tests, then every notebook under nbval (two cores: 40 minutes, 12 GB of memory)
-	@echo "Unit tests, then every notebook. On two cores: about 40 minutes, 12 GB of memory."
+test: env ## unit tests, then every notebook under nbval (two cores: 25 minutes, 12 GB of memory)
+	@echo "Unit tests, then every notebook. On two cores: about 25 minutes, 12 GB of memory."
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --ignore tests/parity
-	$(BIN)/python -m pytest -q $(NBVAL) notebooks
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(NBVAL) notebooks
 
 # llama.cpp without the processor's newest instructions: on a virtual Xeon with AMX it died of one. pip keeps the wheels
 # it builds whatever CMAKE_ARGS said, so without --no-cache-dir an older build with those instructions would be taken.
