@@ -7,6 +7,9 @@ Run All goes on.
 from gemma_lora.base.lazy import lazy_names
 
 _MODULES: dict[str, list[str]] = {
+    "lesson_00": [
+        "share_right",
+    ],
     "lesson_01": [
         "affine_by_hand",
         "block_round_trip",
