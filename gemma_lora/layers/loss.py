@@ -13,216 +13,27 @@ of the loss is counted).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma_lora.layers.vocabulary import NEGLIGIBLE as NEGLIGIBLE
+from gemma_lora.layers.vocabulary import (
+    PACKED,
+    Chunk,
+    Shortcuts,
+    chunk_loss,
+    embedding_gradient,
+    over_vocabulary,
+    rows_of,
+    token_losses,
+)
+from gemma_lora.layers.vocabulary import table_rows as table_rows
 from gemma_lora.quantization.packed import Bfloat16Rows, Int8Rows
 
-#: The gradient filter: the share of a token's softmax up to which a block adds nothing to the token's gradient.
-NEGLIGIBLE = 2.0**-16
-_FEW = (16, 64, 128)  # tokens that the filter may form a block's product for, when it is not for all of a chunk
-_PACKED = Int8Rows | Bfloat16Rows
 _LONGEST = 256  # tokens in a chunk that `fitting_chunk` chooses
-_BLOCK = 1024  # vocabulary entries whose logits exist together: fastest on two cores of 1,024 to 32,768
-
-
-class _Chunk(NamedTuple):
-    """Tokens that are worked on together: hidden (C, D), targets (C,) int32, weights (C,) float32.
-
-    Invariants: targets are in [0, V); `hidden` is 0 where the weight is 0, and NaN where the token has no loss because
-    its target was not in the vocabulary.
-    """
-
-    hidden: jax.Array
-    targets: jax.Array
-    weights: jax.Array
-
-    @classmethod
-    def of(cls, hidden, targets, weights) -> _Chunk:
-        """A chunk of any hidden states, with -1 for targets outside the vocabulary (`_known_targets`)."""
-        # Chosen, not multiplied: 0 · inf is NaN.
-        counted = jnp.where((targets >= 0)[:, None], hidden, jnp.nan)
-        return cls(jnp.where((weights != 0)[:, None], counted, 0), jnp.maximum(targets, 0), weights)
-
-
-class _Shortcuts(NamedTuple):
-    """What the loss may do to be faster: round factors to bfloat16, leave negligible blocks out of the gradient."""
-
-    rounded: bool = False
-    filtered: bool = False
-
-
-def _dot(a, b, contract):
-    """a · b over the given axes, summed in float32 whatever the inputs are."""
-    return jax.lax.dot_general(a, b, (contract, ((), ())), preferred_element_type=jnp.float32)
-
-
-def _capped(logits, soft_cap):
-    """`(logits, slope)`: soft-capped logits and their derivative by the plain ones; (logits, None) without a cap."""
-    if soft_cap is None:
-        return logits, None
-    bounded = jnp.tanh(logits / soft_cap)
-    return soft_cap * bounded, 1.0 - jnp.square(bounded)  # d tanh(x) = 1 - tanh(x)^2
-
-
-def _block_logits(chunk: _Chunk, embeddings, index, soft_cap):
-    """Logits of one block of the vocabulary, for every token but its target.
-
-    Returns:
-        `(logits, slope, block, start)`: (C, K) with -inf at targets and at entries of the block before, (C, K) or
-        None, (K, D), and where the block begins.
-    """
-    vocabulary = embeddings.shape[0]
-    size = min(_BLOCK, vocabulary)
-    start = jnp.minimum(index * size, vocabulary - size)  # the last block reaches back into the one before
-    block = table_rows(embeddings, start, size, chunk.hidden.dtype)
-    logits, slope = _capped(_dot(chunk.hidden, block, ((1,), (1,))), soft_cap)
-    columns = start + jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
-    counted = (columns != chunk.targets[:, None]) & (columns >= index * size)
-    return jnp.where(counted, logits, -jnp.inf), slope, block, start
-
-
-def table_rows(table, start, size: int, dtype):
-    """Rows start … start + size of the table: as they are, or decoded to `dtype` where they are packed."""
-    if isinstance(table, _PACKED):
-        return table.slice(start, size).decode(dtype)
-    return jax.lax.dynamic_slice_in_dim(table, start, size, axis=0)
-
-
-def _rows_of(table, ids):
-    """The rows of these tokens, (C, D) float32."""
-    return table.take(ids).decode() if isinstance(table, _PACKED) else table[ids].astype(jnp.float32)
-
-
-def _blocks(embeddings) -> int:
-    return -(-embeddings.shape[0] // _BLOCK)
-
-
-class _Running(NamedTuple):
-    """What a pass over the vocabulary knows of each token; `others` is Σ exp(logit - maximum) but for the target's."""
-
-    target: jax.Array
-    target_slope: jax.Array | None
-    maximum: jax.Array
-    others: jax.Array
-    mean: jax.Array
-
-
-def _over_vocabulary(chunk: _Chunk, embeddings, at_target, soft_cap, with_gradient: bool, shortcuts: _Shortcuts):
-    """Passes over the vocabulary block by block.
-
-    Returns:
-        `_Running`, with the mean of the embeddings under `others`, (C, D), if `with_gradient`.
-    """
-    factor = jnp.bfloat16 if shortcuts.rounded else jnp.float32
-    plain = jnp.sum(chunk.hidden.astype(jnp.float32) * at_target, axis=-1)
-    target, target_slope = _capped(plain, soft_cap)  # (C,)
-
-    def one_block(index, carry):
-        maximum, others, mean = carry
-        logits, slope, block, _ = _block_logits(chunk, embeddings, index, soft_cap)
-        new = jnp.maximum(maximum, jnp.max(logits, axis=-1))
-        shrink = jnp.exp(maximum - new)
-        exponentials = jnp.exp(logits - new[:, None])
-        block_sum = jnp.sum(exponentials, axis=-1)
-        others = others * shrink + block_sum
-        if with_gradient:
-            pull = exponentials if slope is None else exponentials * slope
-            mean = mean * shrink[:, None]
-            if shortcuts.filtered:
-                # Of what has been seen so far, so never less than its share of the whole.
-                share = jnp.where(chunk.weights > 0, block_sum / (others + jnp.exp(target - new)), 0.0)
-                mean = _add_where(share > NEGLIGIBLE, mean, pull, block, factor)
-            else:
-                mean = mean + _dot(pull.astype(factor), block.astype(factor), ((1,), (0,)))  # (C, K) x (K, D)
-        return new, others, mean
-
-    empty = jnp.zeros(chunk.hidden.shape if with_gradient else (0,), jnp.float32)
-    start = (target, jnp.zeros_like(target), empty)
-    return _Running(target, target_slope, *jax.lax.fori_loop(0, _blocks(embeddings), one_block, start))
-
-
-def _add_where(wanted, mean, pull, block, factor):
-    """`mean + pull @ block` (C, D) for the tokens that are `wanted` (C,) bool, with factors rounded to `factor`.
-
-    The product is formed for the smallest number of tokens in `_FEW` that holds them. After the first steps of a
-    training most blocks matter to a handful of tokens.
-    """
-    tokens = wanted.shape[0]
-    sizes = [size for size in _FEW if size < tokens]
-
-    def for_few(size, mean):
-        rows = jnp.nonzero(wanted, size=size, fill_value=tokens)[0]  # filled up with rows that there are not
-        few = pull.at[rows].get(mode="fill", fill_value=0.0)
-        add = _dot(few.astype(factor), block.astype(factor), ((1,), (0,)))
-        return mean.at[rows].add(add, mode="drop")
-
-    def for_all(mean):
-        return mean + _dot(pull.astype(factor), block.astype(factor), ((1,), (0,)))
-
-    branches: list[Callable] = [lambda mean: mean, *(partial(for_few, size) for size in sizes), for_all]
-    enough = jnp.sum(jnp.count_nonzero(wanted) > jnp.array([0, *sizes]))
-    return jax.lax.switch(enough, branches, mean)
-
-
-def _token_losses(seen: _Running):
-    """`(losses, everything)`: -ln p(target) of each token, and Σ exp(logit - maximum), both (C,)."""
-    everything = seen.others + jnp.exp(seen.target - seen.maximum)
-    losses = jnp.log1p(seen.others * jnp.exp(seen.maximum - seen.target))
-    # exp(maximum - target) overflows where the target is 88 below the best entry; the plain form is exact there.
-    far = seen.maximum - seen.target > 60.0
-    return jnp.where(far, jnp.log(everything) + seen.maximum - seen.target, losses), everything
-
-
-def _chunk_loss(chunk: _Chunk, embeddings, soft_cap, with_gradient: bool, shortcuts: _Shortcuts):
-    """Loss of one chunk and its gradient with respect to the hidden states.
-
-    The target is kept apart from the other entries: with `others` the sum of exp(logit - maximum) over them,
-    the loss is log(1 + others / exp(target - maximum)) and 1 - p(target) is others / all. Both are exact
-    however sure the model is, where logsumexp - target and p - 1 would cancel.
-
-    Returns:
-        `(loss, d_hidden, log_normalizer)`: weights · negative log-likelihood, summed; (C, D) float32 or None; (C,).
-    """
-    at_target = _rows_of(embeddings, chunk.targets)  # (C, D)
-    seen = _over_vocabulary(chunk, embeddings, at_target, soft_cap, with_gradient, shortcuts)
-    losses, everything = _token_losses(seen)
-    loss = jnp.sum(losses * chunk.weights)
-    log_normalizer = jnp.log(everything) + seen.maximum
-    if not with_gradient:
-        return loss, None, log_normalizer
-    miss = seen.others / everything  # 1 - p(target)
-    if seen.target_slope is not None:
-        miss = miss * seen.target_slope
-    d_hidden = seen.mean / everything[:, None] - miss[:, None] * at_target
-    return loss, d_hidden * chunk.weights[:, None], log_normalizer
-
-
-def _embedding_gradient(chunk: _Chunk, embeddings, soft_cap, log_normalizer, gradient):
-    """Adds the chunk's gradient with respect to the embeddings to `gradient` (V, D) float32, block by block."""
-    hidden = chunk.hidden.astype(jnp.float32)
-
-    def one_block(index, gradient):
-        logits, slope, block, start = _block_logits(chunk, embeddings, index, soft_cap)
-        d_logits = jnp.exp(logits - log_normalizer[:, None]) * chunk.weights[:, None]
-        if slope is not None:
-            d_logits = d_logits * slope
-        rows = jax.lax.dynamic_slice_in_dim(gradient, start, block.shape[0], axis=0)
-        rows = rows + _dot(d_logits, hidden, ((0,), (0,)))  # (C, K) x (C, D) -> (K, D)
-        return jax.lax.dynamic_update_slice_in_dim(gradient, rows, start, axis=0)
-
-    gradient = jax.lax.fori_loop(0, _blocks(embeddings), one_block, gradient)
-    plain = jnp.sum(hidden * _rows_of(embeddings, chunk.targets), axis=-1)
-    target, target_slope = _capped(plain, soft_cap)
-    d_target = jnp.expm1(target - log_normalizer) * chunk.weights  # (p - 1) · weight
-    if target_slope is not None:
-        d_target = d_target * target_slope
-    return gradient.at[chunk.targets].add(d_target[:, None] * hidden)
 
 
 def _loss_and_gradients(hidden, embeddings, targets, weights, chunk_size, soft_cap, d_hidden, d_embeddings, shortcuts):
@@ -240,13 +51,13 @@ def _loss_and_gradients(hidden, embeddings, targets, weights, chunk_size, soft_c
         loss, grad_hidden, grad_embeddings = carry
         start = index * chunk_size
         part = partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=chunk_size)
-        chunk = _Chunk.of(part(hidden), part(targets), part(weights))
-        chunk_loss, chunk_hidden, log_normalizer = _chunk_loss(chunk, embeddings, soft_cap, d_hidden, shortcuts)
+        chunk = Chunk.of(part(hidden), part(targets), part(weights))
+        loss_of_chunk, chunk_hidden, log_normalizer = chunk_loss(chunk, embeddings, soft_cap, d_hidden, shortcuts)
         if d_hidden:
             grad_hidden = jax.lax.dynamic_update_slice_in_dim(grad_hidden, chunk_hidden, start, axis=0)
         if d_embeddings:
-            grad_embeddings = _embedding_gradient(chunk, embeddings, soft_cap, log_normalizer, grad_embeddings)
-        return loss + chunk_loss, grad_hidden, grad_embeddings
+            grad_embeddings = embedding_gradient(chunk, embeddings, soft_cap, log_normalizer, grad_embeddings)
+        return loss + loss_of_chunk, grad_hidden, grad_embeddings
 
     carry = (
         jnp.zeros((), jnp.float32),
@@ -265,8 +76,8 @@ def _summed_loss(hidden, embeddings, targets, weights, chunk_size, soft_cap, tra
     return _loss_and_gradients(hidden, table, targets, weights, chunk_size, soft_cap, False, False, shortcuts)[0]
 
 
-def _factors(hidden, embeddings, shortcuts: _Shortcuts):
-    if not isinstance(embeddings, _PACKED) and (shortcuts.rounded or embeddings.dtype == jnp.bfloat16):
+def _factors(hidden, embeddings, shortcuts: Shortcuts):
+    if not isinstance(embeddings, PACKED) and (shortcuts.rounded or embeddings.dtype == jnp.bfloat16):
         embeddings = Bfloat16Rows.of(embeddings)
     return hidden.astype(jnp.bfloat16) if shortcuts.rounded else hidden, embeddings
 
@@ -286,7 +97,7 @@ def _backward(chunk_size, soft_cap, train_embeddings, shortcuts, residuals, cota
     if train_embeddings:
         return d_hidden, cotangent * grad_embeddings, None, None
     # Frozen: XLA drops these zeros, nobody reads them.
-    return d_hidden, None if isinstance(embeddings, _PACKED) else jnp.zeros_like(embeddings), None, None
+    return d_hidden, None if isinstance(embeddings, PACKED) else jnp.zeros_like(embeddings), None, None
 
 
 _summed_loss.defvjp(_forward, _backward)
@@ -411,7 +222,7 @@ def chunked_cross_entropy(
     values. Leaving out blocks is the first paper's gradient filter, which drops what is below 2^-12 in all tokens of a
     tile. Deciding it token by token and keeping the target apart are ours.
     """
-    if not isinstance(embeddings, _PACKED):
+    if not isinstance(embeddings, PACKED):
         embeddings = jnp.asarray(embeddings)
     elif train_embeddings:
         raise ValueError("Packed embeddings cannot be trained. Received: train_embeddings=True")
@@ -428,7 +239,7 @@ def chunked_cross_entropy(
         chunk_size,
         soft_cap,
         train_embeddings,
-        _Shortcuts(mixed_precision, mixed_precision if filter_gradient is None else filter_gradient),
+        Shortcuts(mixed_precision, mixed_precision if filter_gradient is None else filter_gradient),
     )
     if normalizer is not None:
         return total / normalizer
@@ -495,16 +306,16 @@ def token_scores(
     chunks = max(1, -(-count // chunk_size))
     size = max(1, -(-count // chunks))  # equal ones, with little room to spare
     fill = chunks * size - count
-    hidden, embeddings = _factors(hidden, embeddings, _Shortcuts())
+    hidden, embeddings = _factors(hidden, embeddings, Shortcuts())
     hidden = jnp.pad(hidden, ((0, fill), (0, 0))).reshape(chunks, size, -1)
     targets = jnp.pad(targets, (0, fill)).reshape(chunks, size)
 
     def one_chunk(part):
         hidden, targets = part
-        chunk = _Chunk.of(hidden, targets, jnp.ones(size, jnp.float32))
-        at_target = _rows_of(embeddings, chunk.targets)
-        seen = _over_vocabulary(chunk, embeddings, at_target, soft_cap, False, _Shortcuts())
-        return _token_losses(seen)[0], seen.maximum <= seen.target
+        chunk = Chunk.of(hidden, targets, jnp.ones(size, jnp.float32))
+        at_target = rows_of(embeddings, chunk.targets)
+        seen = over_vocabulary(chunk, embeddings, at_target, soft_cap, False, Shortcuts())
+        return token_losses(seen)[0], seen.maximum <= seen.target
 
     losses, likeliest = jax.lax.map(one_chunk, (hidden, targets))
     return losses.reshape(-1)[:count], likeliest.reshape(-1)[:count]

@@ -4,11 +4,9 @@ from gemma_lora.base.lazy import lazy_names
 
 _MODULES: dict[str, list[str]] = {
     "dora": ["column_norms", "column_scale"],
+    "bottleneck": ["parameter_count", "BottleneckAdapter", "AdaptedLayer"],
     "houlsby": [
         "SUBLAYER_ENDS",
-        "parameter_count",
-        "BottleneckAdapter",
-        "AdaptedLayer",
         "apply_adapters",
         "adapter_layers",
         "remove_adapters",
