@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_lora.layers import loss
+from gemma_lora.layers import loss, vocabulary
 from gemma_lora.layers.loss import chunked_cross_entropy, fitting_chunk, token_scores
 from gemma_lora.quantization.packed import Bfloat16Rows, Int8Rows
 
@@ -99,7 +99,7 @@ def hidden_and_embedding_gradients(hidden, embeddings, targets, weights, **named
     "way, table", [*((way, jnp.asarray) for way in WAYS), ("plain", Int8Rows.of), ("mixed", Bfloat16Rows.of)]
 )
 def test_a_masked_token_adds_nothing_whatever_it_holds(monkeypatch, way, table):
-    monkeypatch.setattr(loss, "_BLOCK", 16)
+    monkeypatch.setattr(vocabulary, "_BLOCK", 16)
     named = WAYS[way] | {"chunk_size": 4}
     hidden, embeddings, targets, weights = problem(1, masked_rows=(1,))
     embeddings = table(embeddings)
@@ -293,7 +293,7 @@ def test_mixed_precision_is_the_loss_of_rounded_factors():
 @pytest.mark.parametrize("unsure", [0, 1, 16, 17, 100, 150])
 def test_a_block_is_left_out_only_for_tokens_in_whose_softmax_it_has_no_share(monkeypatch, shortcut, unsure):
     """Four blocks of 16 entries: only the unsure among 150 tokens give those behind the first block a share."""
-    monkeypatch.setattr(loss, "_BLOCK", 16)
+    monkeypatch.setattr(vocabulary, "_BLOCK", 16)
     rng = np.random.default_rng(6)
     which = rng.permutation(150) < unsure
     hidden = 0.5 * rng.normal(size=(150, 8)).astype("float32")
@@ -303,12 +303,12 @@ def test_a_block_is_left_out_only_for_tokens_in_whose_softmax_it_has_no_share(mo
     targets, weights = jnp.asarray(rng.integers(0, 16, 150)), np.ones(150, "float32")
 
     def gradient(negligible):
-        monkeypatch.setattr(loss, "NEGLIGIBLE", negligible)
+        monkeypatch.setattr(vocabulary, "NEGLIGIBLE", negligible)
         return np.asarray(
             jax.grad(lambda h: chunked_cross_entropy(h, embeddings, targets, weights, 150, **{shortcut: True}))(hidden)
         )
 
-    filtered, everything, nothing = gradient(loss.NEGLIGIBLE), gradient(0.0), gradient(2.0)
+    filtered, everything, nothing = gradient(vocabulary.NEGLIGIBLE), gradient(0.0), gradient(2.0)
     scale = np.abs(everything).max()
     # Products of fewer rows may be summed in another order; what was left out is at most 4 blocks of 2^-16.
     np.testing.assert_allclose(filtered[which], everything[which], atol=1e-6 * scale)
@@ -323,7 +323,7 @@ def test_a_block_is_left_out_only_for_tokens_in_whose_softmax_it_has_no_share(mo
 @pytest.mark.parametrize("soft_cap", [None, 5.0])
 @pytest.mark.parametrize("block", [16, 50, 1024])
 def test_token_scores_are_those_of_the_logits_written_out(monkeypatch, count, chunk_size, soft_cap, block):
-    monkeypatch.setattr(loss, "_BLOCK", block)
+    monkeypatch.setattr(vocabulary, "_BLOCK", block)
     hidden, embeddings, targets, _ = problem(4)
     hidden, targets = hidden.reshape(-1, 8)[:count], targets.reshape(-1)[:count]
     logits = np.asarray(hidden, "float64") @ np.asarray(embeddings, "float64").T
