@@ -42,6 +42,8 @@ def finetune(settings: Settings = DEFAULTS, console: Console | None = None, over
     started = time.perf_counter()
     dataset = check_inputs(settings)
     finished = None if overwrite else finished_metrics(settings, dataset.digest)
+    for notice in dataset.notices:
+        console.print(escape(notice), highlight=False)
     if dataset.skipped:
         console.print(f"[yellow]{escape(dataset.skipped_summary)}[/]")
     run_dir = Path(settings.run_dir)
@@ -63,7 +65,13 @@ def check_inputs(settings: Settings) -> Dataset:
     """
     require_source(settings.model, settings.quantization)
     require_writable(Path(settings.run_dir) / "settings.json", "--run-dir")
-    return load_dataset(settings.data, skip_bad_lines=settings.skip_bad_lines)
+    return load_dataset(
+        settings.data,
+        settings.template,
+        settings.skip_bad_lines,
+        validation=settings.validation,
+        on_notice=lambda notice: None,  # the job shows them, on its console
+    )
 
 
 def _run(

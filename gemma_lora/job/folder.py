@@ -106,7 +106,9 @@ def read_json(path: Path) -> dict[str, Any]:
 def stored_rows(run_dir: Path) -> list[dict[str, str]]:
     """The rows of a finished run's `answers.jsonl`; none if the file is gone."""
     path = run_dir / "answers.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    # Not `splitlines`: an answer may hold U+2028, at which that would cut it.
+    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
+    return [json.loads(line) for line in lines if line]
 
 
 def write_run(run_dir: Path, metrics: dict[str, Any], losses: list[float], rows: list[dict[str, str]]) -> None:
