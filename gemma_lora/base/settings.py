@@ -61,7 +61,7 @@ class Settings:
 
     data: str = _setting(
         "data/expenses",
-        "A file (JSONL, JSON, CSV, TSV, Parquet; prompt/response, Alpaca, ShareGPT, chat), or a folder with train.jsonl.",
+        "A folder with train.jsonl, or a file: JSONL, JSON, CSV or Parquet (prompt/response, Alpaca, ShareGPT, chat).",
     )
     validation: str | None = _setting(
         None, "A file with the validation lines; by default the folder's, else a share of the training lines."

@@ -29,7 +29,7 @@ class Dataset:
 
     Invariants: `train` and `validation` are not empty; `skipped` counts bad lines by file; `notices` are sentences on
     what was changed or left aside while reading. `template` is None where neither caller nor folder names one: the
-    model's own is used then (`templates.template_of`).
+    model's own is used then (`templates.template_of`). `template_origin` says in words where another is from.
     """
 
     name: str
@@ -39,6 +39,7 @@ class Dataset:
     template: Template | None
     skipped: dict[str, int] = dataclasses.field(default_factory=dict)
     notices: tuple[str, ...] = ()
+    template_origin: str = "the dataset's own"
 
     @property
     def skipped_summary(self) -> str:
@@ -98,7 +99,7 @@ def load_dataset(
     """
     if not 0.0 < validation_fraction < 1.0:
         raise ValueError(f"`validation_fraction` must be between 0 and 1. Received: {validation_fraction!r}")
-    chosen = find_template(template)
+    chosen, origin = find_template(template), "as asked for"
     bad = BadLines(skip_bad_lines)
     if isinstance(source, str | os.PathLike):
         path = Path(source)
@@ -106,8 +107,8 @@ def load_dataset(
             raise GemmaLoraError(f"{path}: not found. Give a JSONL file, or a folder with train.jsonl.")
         if path.is_dir():
             splits = _read_folder(path, bad, own_validation=validation is None)
-            own = path / TEMPLATE_FILE
-            chosen = chosen or (read_template(own) if own.is_file() else None)
+            if chosen is None and (path / TEMPLATE_FILE).is_file():
+                chosen, origin = read_template(path / TEMPLATE_FILE), "the dataset's own"
         else:
             splits = {"train": read_examples(path, bad=bad)}
         name = path.stem
@@ -120,9 +121,8 @@ def load_dataset(
     if held is None:
         train, held = _split(train, validation_fraction, seed)
         if held:
-            bad.notices.say(
-                f"There is no validation split, so {len(held)} of {len(train) + len(held)} lines became one, by a hash of each."
-            )
+            of = f"{len(held)} of {len(train) + len(held)} lines"
+            bad.notices.say(f"There is no validation split, so {of}, chosen by a hash, are kept for it.")
     if not train or not held:
         counts = f"{len(train)} usable training and {len(held)} validation examples"
         raise GemmaLoraError(
@@ -132,7 +132,7 @@ def load_dataset(
     for split, examples in {"validation": held, **splits}.items():
         if leaked := _seen_in(train, examples):
             bad.notices.say(f"Prompts of train are in {split} too: {leaked} of its {len(examples)} lines.")
-    dataset = Dataset(name, train, held, splits, chosen, bad.files, bad.notices.sentences())
+    dataset = Dataset(name, train, held, splits, chosen, bad.files, bad.notices.sentences(), origin)
     for sentence in filter(None, (*dataset.notices, dataset.skipped_summary)):
         on_notice(sentence)
     return dataset

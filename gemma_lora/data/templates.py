@@ -141,10 +141,15 @@ def template_of(model: Any, template: Template | None = None) -> Template:
     return template or getattr(model, "gemma_lora_template", None) or default_template(model)
 
 
-def template_reason(model: Any, template: Template | None = None) -> str:
-    """One line that says which template `template_of` gives for the same arguments, and why."""
+def template_reason(model: Any, template: Template | None = None, origin: str = "the dataset's own") -> str:
+    """One line that says which template `template_of` gives for the same arguments, and why.
+
+    Args:
+        model, template: As for `template_of`.
+        origin: Where a given template is from.
+    """
     if template is not None:
-        why = "the dataset's own"
+        why = origin
     elif getattr(model, "gemma_lora_template", None) is not None:
         why = "the adapter's"
     elif getattr(model, "gemma_lora_instruction_tuned", False):

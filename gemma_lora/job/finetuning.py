@@ -17,7 +17,7 @@ from gemma_lora.base.settings import DEFAULTS
 from gemma_lora.base.settings import Settings as Settings
 from gemma_lora.data.dataset import Dataset, load_dataset
 from gemma_lora.gemma.load import require_source
-from gemma_lora.job.folder import claim, finished_metrics, remove_run, stored_rows, write_run
+from gemma_lora.job.folder import claimed, finished_metrics, remove_run, stored_rows, write_run
 from gemma_lora.job.folder import versions as versions
 from gemma_lora.job.report import progress_bar as progress_bar
 from gemma_lora.job.report import report_table as report_table
@@ -87,9 +87,9 @@ def _run(
     # Only now: a model or lines that cannot be used neither claim a folder nor cost the run that is in it.
     if overwrite:
         remove_run(asked.run_dir)
-    claim(asked, digest, chosen)
     tests = dataset.tests or {"validation": dataset.validation}
-    before, english_before = stages.answers_before(model, dataset, tests, settings, console)
+    with claimed(asked, digest, chosen):
+        before, english_before = stages.answers_before(model, dataset, tests, settings, console)
     log, training_seconds = stages.train(model, dataset, settings)
     after = stages.answer_all(model, tests, dataset.template, settings, console, "fine-tuned")
     metrics = {

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +76,23 @@ def claim(settings: Settings, data_sha256: str, chosen: dict[str, Any] | None = 
     record = dataclasses.asdict(settings) | {"data_sha256": data_sha256, "chosen": chosen or {}}
     write_json_atomic(run_dir / "settings.json", record | {"versions": versions()})
     return None
+
+
+@contextlib.contextmanager
+def claimed(settings: Settings, data_sha256: str, chosen: dict[str, Any] | None = None) -> Iterator[None]:
+    """As `claim`; a start that fails within leaves no folder that was not there before."""
+    run_dir = Path(settings.run_dir)
+    made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
+    claim(settings, data_sha256, chosen)
+    try:
+        yield
+    except (GemmaLoraError, ValueError, OSError):
+        if not _began(run_dir):
+            (run_dir / "settings.json").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # another's files are in it
+                for folder in made:
+                    folder.rmdir()
+        raise
 
 
 def _began(run_dir: Path) -> bool:
