@@ -47,7 +47,7 @@ def without_markers(turns: Sequence[Turn], notes: Notes) -> list[Turn]:
     for turn in turns:
         text = _of_user(turn.text, ended) if turn.role == "user" else _of_model(turn.text)
         if text != turn.text:
-            notes.append(("markers", _taken(turn.text, text)))
+            notes += [("markers", name) for name in _taken(turn.text, text)]
         found.append(turn._replace(text=text))
     return found
 
@@ -87,9 +87,8 @@ def _without_end(text: str) -> str:
     return text[: found.start()].rstrip()
 
 
-def _taken(before: str, after: str) -> str:
+def _taken(before: str, after: str) -> list[str]:
     """The markers' names in what was taken off."""
     start = before.find(after)
     around = before[:start] + " " + before[start + len(after) :]
-    names = dict.fromkeys(re.findall(r"<[^<>\s]+>", around))
-    return " ".join(names)
+    return re.findall(r"<[^<>\s]+>", around)
