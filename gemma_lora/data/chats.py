@@ -182,7 +182,12 @@ def read_pairs(history: Any, notes: Notes) -> tuple[str, list[Turn]]:
     if not isinstance(history, list | tuple):
         raise ValueError("the field 'history' must be a list of [user, model] pairs")
     if history and all(isinstance(entry, Mapping) for entry in history):
-        return read_turns(list(history), "history", notes)
+        try:
+            system, turns = read_turns(list(history), "history", notes)
+            check_alternation(turns, last="model")
+        except ValueError as error:
+            raise ValueError(f"the field 'history': {error}") from None
+        return system, turns
     turns = []
     for pair in history:
         if not isinstance(pair, list | tuple) or len(pair) != 2 or any(is_absent(text) for text in pair):
