@@ -98,6 +98,9 @@ def _pair(fields: Mapping[str, Any], value: Mapping, notes: Notes) -> tuple[set[
         early, turns = read_pairs(fields["history"], notes)
         system = joined_system(system, early)
     if is_chat(fields[prompt]):  # TRL's pair of chats: the answer's turns are learned
+        for name in added:
+            if not is_empty(fields[name]):
+                raise ValueError(f"both the chat {prompt!r} and {name!r} are given. Put all into the chat's turns")
         early, shown = read_turns(fields[prompt], prompt, notes, system)
         system, turns = early, [*turns, *(turn._replace(learn=False) for turn in shown)]
     else:

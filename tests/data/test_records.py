@@ -31,10 +31,10 @@ FORMS = {
 #: Names of fields from public tools and data sets, and values in which a loss would matter.
 NAMES = """
     system system_prompt system_message history context input instruction prompt question query response output
-    completion answer messages conversations text label id source category metadata score name title weight train loss tools
-    functions function_call tool_calls tool_choice reasoning_content reasoning thinking thought prefix prefill suffix images image
-    audio videos documents chosen rejected train_detail loss_mask chat_template refusal
-    Context SYSTEM Tools Unknown
+    completion answer messages conversations text label id source category metadata score name title weight
+    train loss tools functions function_call tool_calls tool_choice reasoning_content reasoning thinking thought
+    prefix prefill suffix images image audio videos documents chosen rejected train_detail loss_mask
+    chat_template refusal Context SYSTEM Tools Unknown
 """.split()
 VALUES = [
     "MARK",
