@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -192,5 +193,6 @@ def test_reading_imports_no_jax(tmp_path):
         f"import sys; from gemma_lora import load_dataset; load_dataset({str(tmp_path)!r}, template='chat'); "
         "print({'jax', 'keras', 'pyarrow'} & set(sys.modules))"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=root)
     assert done.stdout.splitlines()[-1] == "set()"
