@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +34,7 @@ _OTHERS = {
     b"\xff\xfe": "UTF-16. Save the file as UTF-8",
     b"\xfe\xff": "UTF-16. Save the file as UTF-8",
 }
+_REMEDY = "Give one JSON object a line, a JSON array, or a table as CSV with a line of names."
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -100,7 +101,9 @@ def _parquet_rows(path: Path, raw: bytes) -> Iterator[Row]:
         rows = parquet.read_table(io.BytesIO(raw)).to_pylist()
     except (OSError, ValueError) as error:
         raise GemmaLoraError(f"{path}: is a Parquet file, and cannot be read ({error}). Save it anew.") from error
-    return iter([(number, row) for number, row in enumerate(rows, start=1)])
+    if rows:
+        _check_columns(path, rows[0])
+    return iter(list(enumerate(rows, start=1)))
 
 
 def _text_rows(path: Path, raw: bytes) -> Iterator[Row]:
@@ -108,6 +111,8 @@ def _text_rows(path: Path, raw: bytes) -> Iterator[Row]:
     if not lines:
         return iter(())
     first = lines[0][1].strip()
+    if len(lines) > 1 and b"\x00" in first:
+        raise GemmaLoraError(f"{path}: is no text. Give JSON Lines, a JSON array, CSV or Parquet.")
     delimiter = _delimiter(path, first)
     if delimiter is not None:
         return _table_rows(path, raw, delimiter)
@@ -117,6 +122,8 @@ def _text_rows(path: Path, raw: bytes) -> Iterator[Row]:
         document = _document_rows(path, raw, lines)
         if document is not None:
             return iter(document)
+    elif len(lines) > 1 and not any(line.lstrip()[:1] in (b"[", b"{") for _, line in lines):
+        raise GemmaLoraError(f"{path}: holds no JSON object. {_REMEDY}")
     return ((number, _parsed(line)) for number, line in lines)
 
 
@@ -267,7 +274,16 @@ def _header(path: Path, cells: list[str]) -> list[str]:
     twice = next((cell for cell in cells if cells.count(cell) > 1), None)
     if twice is not None:
         raise GemmaLoraError(f"{path}: two columns are called {twice!r}. Rename one.")
+    _check_columns(path, cells)
     return cells
+
+
+def _check_columns(path: Path, columns: Iterable[str]) -> None:
+    """Raises if a table has no prompts or no answers: once, for every row would say the same."""
+    known = {column.strip().lower() for column in columns}
+    if not known & {*CHATS} and not (known & {*PROMPTS, "input"} and known & {*ANSWERS}):
+        listed = ", ".join(map(repr, columns))
+        raise GemmaLoraError(f"{path}: the columns are {listed}; needed are prompt and response. Rename them.")
 
 
 def _record(header: list[str], cells: list[str]) -> Any:

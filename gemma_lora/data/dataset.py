@@ -101,41 +101,42 @@ def load_dataset(
         raise ValueError(f"`validation_fraction` must be between 0 and 1. Received: {validation_fraction!r}")
     chosen, origin = find_template(template), "as asked for"
     bad = BadLines(skip_bad_lines)
-    if isinstance(source, str | os.PathLike):
-        path = Path(source)
-        if not path.exists():
-            raise GemmaLoraError(f"{path}: not found. Give a JSONL file, or a folder with train.jsonl.")
-        if path.is_dir():
-            splits = _read_folder(path, bad, own_validation=validation is None)
-            if chosen is None and (path / TEMPLATE_FILE).is_file():
-                chosen, origin = read_template(path / TEMPLATE_FILE), "the dataset's own"
-        else:
-            splits = {"train": read_examples(path, bad=bad)}
-        name = path.stem
-    else:
-        splits, name = _read_objects(source, bad, own_validation=validation is None), "examples"
+    splits, name, own = _read(source, bad, own_validation=validation is None)
+    if chosen is None and own is not None:
+        chosen, origin = own, "the dataset's own"
     if validation is not None:
         splits["validation"] = _read_validation(validation, bad)
     bad.finish()
     train, held = splits.pop("train"), splits.pop("validation", None)
     if held is None:
         train, held = _split(train, validation_fraction, seed)
-        if held:
-            of = f"{len(held)} of {len(train) + len(held)} lines"
-            bad.notices.say(f"There is no validation split, so {of}, chosen by a hash, are kept for it.")
+        of = f"{len(held)} of {len(train) + len(held)} lines"
+        bad.notices.say(f"There is no validation split, so {of}, chosen by a hash, are kept for it.")
     if not train or not held:
         counts = f"{len(train)} usable training and {len(held)} validation examples"
         raise GemmaLoraError(
             f"{name}: {counts}; at least one of each is needed, so 2 where there is no validation split. "
             f"Add examples. {summary(bad.files)}".rstrip()
         )
-    for split, examples in {"validation": held, **splits}.items():
-        if leaked := _seen_in(train, examples):
-            bad.notices.say(f"Prompts of train are in {split} too: {leaked} of its {len(examples)} lines.")
+    _note_leaks(train, {"validation": held, **splits}, bad)
     dataset = Dataset(name, train, held, splits, chosen, bad.files, bad.notices.sentences(), origin)
     for sentence in filter(None, (*dataset.notices, dataset.skipped_summary)):
         on_notice(sentence)
     return dataset
+
+
+def _read(source: Any, bad: BadLines, own_validation: bool) -> tuple[dict[str, list[Example]], str, Template | None]:
+    """A source's splits, its name, and a folder's template."""
+    if not isinstance(source, str | os.PathLike):
+        return _read_objects(source, bad, own_validation), "examples", None
+    path = Path(source)
+    if not path.exists():
+        raise GemmaLoraError(f"{path}: not found. Give a JSONL file, or a folder with train.jsonl.")
+    if not path.is_dir():
+        return {"train": read_examples(path, bad=bad)}, path.stem, None
+    own = path / TEMPLATE_FILE
+    template = read_template(own) if own.is_file() else None
+    return _read_folder(path, bad, own_validation), path.stem, template
 
 
 def _read_folder(folder: Path, bad: BadLines, own_validation: bool) -> dict[str, list[Example]]:
@@ -157,10 +158,12 @@ def _read_validation(source: Any, bad: BadLines) -> list[Example]:
     return read_examples(path, bad=bad)
 
 
-def _seen_in(train: list[Example], examples: list[Example]) -> int:
-    """How many examples ask what an example of train asks."""
+def _note_leaks(train: list[Example], splits: Mapping[str, list[Example]], bad: BadLines) -> None:
+    """Notes how many examples of each split ask what an example of train asks."""
     asked = {turns_before_answer(example) for example in train}
-    return sum(turns_before_answer(example) in asked for example in examples)
+    for split, examples in splits.items():
+        if leaked := sum(turns_before_answer(example) in asked for example in examples):
+            bad.notices.say(f"Prompts of train are in {split} too: {leaked} of its {len(examples)} lines.")
 
 
 def _content(example: Example) -> tuple:

@@ -118,6 +118,10 @@ BROKEN = {
     "sheet.csv": (sheet(), "zip or Excel"),
     "wide.jsonl": (lines(ROWS).encode("utf-16"), "UTF-16. Save the file as UTF-8"),
     "a.jsonl.zst": (b"\x28\xb5\x2f\xfd\x00", "zstd"),
+    "prose.txt": (b"One line.\nAnother line, with a comma.\n", "holds no JSON object"),
+    "columns.csv": (b"text,label\na,b\nc,d\n", "the columns are 'text', 'label'; needed are prompt and response"),
+    "one column.csv": (b"prompt\na\nb\n", "the columns are 'prompt'; needed"),
+    "noise.bin": (bytes(range(256)) * 4, "is no text"),
     "empty.csv": (b"prompt,response\n", "holds no usable example"),
     "empty.json": (b"[]", "holds no usable example"),
 }
