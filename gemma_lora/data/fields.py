@@ -59,6 +59,8 @@ _CONTROLS = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]")
 
 def is_absent(value: Any) -> bool:
     """Whether a column has no value here: null, or NaN, which pandas writes into an empty cell."""
+    if isinstance(value, str | int | list | dict):  # nearly always
+        return False
     if value is None or type(value).__name__ in ("NAType", "NaTType"):
         return True
     return isinstance(value, numbers.Real) and not isinstance(value, numbers.Rational) and math.isnan(value)
@@ -77,17 +79,23 @@ def present(record: Mapping[Any, Any]) -> dict[str, Any]:
     """
     fields: dict[str, Any] = {}
     for key, value in record.items():
-        if not isinstance(key, str):
-            raise ValueError(f"a field's name must be text, this is {key!r}")
-        check_characters(key, f"the name {key!r}")
-        value, name = _plain(value), key.strip().lower()
+        name = key if key in _KNOWN else _name(key)
+        value = _plain(value)
         if is_absent(value):
             continue
-        name = name if name in _KNOWN else key
         if name in fields:
             raise ValueError(f"the field {name!r} stands there twice")
         fields[name] = value
     return fields
+
+
+def _name(key: Any) -> str:
+    """A field's name: as it is written, or in lower case if it then is one that has a meaning."""
+    if not isinstance(key, str):
+        raise ValueError(f"a field's name must be text, this is {key!r}")
+    check_characters(key, f"the name {key!r}")
+    lower = key.strip().lower()
+    return lower if lower in _KNOWN else key
 
 
 def refuse(fields: Mapping[str, Any], names: Mapping[str, str], whose: str = "the field") -> None:
@@ -126,6 +134,8 @@ def text_of(value: Any, name: str, notes: Notes) -> str:
 
 def check_characters(text: str, what: str) -> None:
     """Raises if a text holds half a character, or a control character other than tab and line ends."""
+    if text.isascii() and text.isprintable():
+        return
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -136,4 +146,6 @@ def check_characters(text: str, what: str) -> None:
 
 def _plain(value: Any) -> Any:
     """NumPy's arrays and scalars, in which some libraries hand over lists and numbers, as Python's own."""
+    if isinstance(value, str | int | list | dict | None):
+        return value
     return value.tolist() if hasattr(value, "tolist") and hasattr(value, "dtype") else value

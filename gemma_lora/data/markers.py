@@ -81,7 +81,7 @@ def _without_bos(text: str) -> str:
 
 def _without_end(text: str) -> str:
     """The text without ends behind it; one that is nothing else stays, and so does HTML's `<s>…</s>`."""
-    found = _END.search(text)
+    found = _END.search(text) if text.rstrip().endswith(">") else None
     if found is None or not text[: found.start()].strip() or ("<s>" in text and "</s>" in found[0]):
         return text
     return text[: found.start()].rstrip()
