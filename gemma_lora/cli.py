@@ -176,12 +176,14 @@ def _require_model(adapter: Path | None, chosen: dict[str, Any]) -> None:
 
 
 def _read_lines(data: Path, skip_bad_lines: bool) -> list:
-    """The examples of a file; says on stderr how many bad lines were left out."""
-    from gemma_lora.data.formats import BadLines, read_jsonl
+    """The examples of a file; says on stderr what is to be known about them, and how many bad lines were left out."""
+    from gemma_lora.data.formats import BadLines, read_examples
 
     bad = BadLines(skip_bad_lines)
-    examples = read_jsonl(data, bad=bad)
+    examples = read_examples(data, bad=bad)
     bad.finish()
+    for sentence in bad.notices.sentences():
+        typer.echo(sentence, err=True)
     for file, count in bad.files.items():
         typer.echo(f"Bad lines skipped: {count} in {file}.", err=True)
     if not examples:

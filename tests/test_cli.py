@@ -130,6 +130,7 @@ def bad_surroundings(folder):
     """Files that the cases below speak of; gives everything that is there."""
     jsonl(folder / "good.jsonl", ROW, ROW | {"prompt": "c"})
     jsonl(folder / "bad.jsonl", ROW, "not json", {"prompt": "x"})
+    (folder / "sheet.csv").write_bytes(b"PK\x03\x04")
     for name in ("done", "empty", "half"):
         (folder / name).mkdir()
     (folder / "half" / "adapter_config.json").touch()
@@ -145,6 +146,17 @@ BAD = {
     "no train.jsonl": ("finetune --data empty", ["empty", "train.jsonl"]),
     "bad lines": ("evaluate --data bad.jsonl", ["bad.jsonl:2: not JSON", "bad.jsonl:3: ", "--skip-bad-lines"]),
     "bad lines to train on": ("finetune --data bad.jsonl", ["bad.jsonl:2: not JSON", "--skip-bad-lines"]),
+    "bad validation lines": (
+        "finetune --data good.jsonl --validation bad.jsonl",
+        ["bad.jsonl:2: not JSON", "--skip-bad-lines"],
+    ),
+    "no validation lines": ("finetune --data good.jsonl --validation none.jsonl", ["none.jsonl", "--validation"]),
+    "no template": ("finetune --data good.jsonl --template gemma", ["gemma: no such template", "base, chat"]),
+    "no template in the file": (
+        "finetune --data good.jsonl --template bad.jsonl",
+        ["bad.jsonl: not a template", "prompt and response"],
+    ),
+    "a form that is not read": ("finetune --data sheet.csv", ["sheet.csv: is a zip or Excel file", "CSV"]),
     "targets": ("finetune --data good.jsonl --targets query,knob", ["knob", "attention_output"]),
     "rank": ("finetune --rank 0", ["--rank"]),
     "no number": ("finetune --learning-rate nan", ["--learning-rate must be a finite number above 0", "nan"]),
@@ -286,9 +298,16 @@ def test_generate_prints_one_answer_a_prompt_with_the_adapters_template(command,
     assert out == "".join(answer + "\n" for answer in answers_of(adapter, prompts))
 
 
+def readable(adapter, count):
+    """Prompts whose answers a file of examples may hold: a random model writes control characters, too."""
+    prompts = ["one", "zwölf", "third", *"abcdefghijklmnopqrstuvwxyz"]
+    found = [p for p, answer in zip(prompts, answers_of(adapter, prompts), strict=True) if answer.isprintable()]
+    return found[:count]
+
+
 @pytest.mark.slow
 def test_evaluate_writes_the_share_of_right_answers(command, small, adapter, tmp_path):
-    prompts = ["one", "another", "third", "fourth"]
+    prompts = readable(adapter, 4)
     rows = [{"prompt": p, "response": a} for p, a in zip(prompts, answers_of(adapter, prompts), strict=True)]
     rows[2]["response"] += " wrong"
     path = jsonl(tmp_path / "data.jsonl", *rows, "not json")
@@ -303,7 +322,7 @@ def test_evaluate_writes_the_share_of_right_answers(command, small, adapter, tmp
 
 
 def test_evaluate_writes_every_line_with_its_answer(command, small, adapter, tmp_path):
-    prompts = ["one", "zwölf", "third"]
+    prompts = readable(adapter, 3)
     given = answers_of(adapter, prompts)
     rows = [{"prompt": p, "response": a} for p, a in zip(prompts, given, strict=True)]
     rows[1]["response"] += " wrong"

@@ -60,7 +60,16 @@ class Settings:
     """
 
     data: str = _setting(
-        "data/expenses", "A dataset folder, or a JSONL file (prompt/response, Alpaca, ShareGPT, chat)."
+        "data/expenses",
+        "A folder with train.jsonl, or a file: JSONL, JSON, CSV or Parquet (prompt/response, Alpaca, ShareGPT, chat).",
+    )
+    validation: str | None = _setting(
+        None, "A file with the validation lines; by default the folder's, else a share of the training lines."
+    )
+    template: str | None = _setting(
+        None,
+        "The text around a prompt: a template.json, or base or chat; by default the folder's template.json, else what "
+        "goes with the weights.",
     )
     run_dir: str = _setting("runs/expenses", "Where adapter, settings, metrics and report go.")
     model: str = _setting(

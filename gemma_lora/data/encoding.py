@@ -51,17 +51,19 @@ def _required(template: Template | None) -> Template:
 
 def parts_of(example: Example, template: Template | None) -> list[_Part]:
     """An example as the template's control tokens and the plain text between them."""
-    return _turn_parts(example.turns or (("user", example.prompt), ("model", example.response)), template)
+    return _turn_parts(
+        example.turns or (("user", example.prompt), ("model", example.response)), template, example.learn
+    )
 
 
-def _turn_parts(turns: Iterable[tuple[str, str]], template: Template | None) -> list[_Part]:
+def _turn_parts(turns: Iterable[tuple[str, str]], template: Template | None, learn: Sequence[bool] = ()) -> list[_Part]:
     parts: list[_Part] = []
     for number, (role, text) in enumerate(turns):
         name = "prompt" if role == "user" else "response"
         literal = getattr(_required(template), name)
         if number and role == "user":  # Gemma puts a line's end between turns; <bos> is the first turn's alone
             literal = "\n" + literal.removeprefix("<bos>")
-        parts += _pieces(literal, "{" + name + "}", text, role == "model")
+        parts += _pieces(literal, "{" + name + "}", text, learn[number] if learn else role == "model")
     return parts
 
 
@@ -140,7 +142,7 @@ def encode(
     """Turns examples into tokens and loss masks.
 
     Prompt and response are tokenized apart, so that generation sees the very tokens training saw. Loss is on
-    the response and on the token that ends it; in a chat, on every turn of the model.
+    the response and on the token that ends it; in a chat, on every turn of the model that is learned.
 
     Args:
         examples: The examples.

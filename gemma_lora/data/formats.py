@@ -1,28 +1,38 @@
-"""Reading training examples: JSONL in four common forms, lists of dictionaries, Hugging Face datasets."""
+"""Examples, prompts and bad lines: what is read from files, lists of dictionaries and Hugging Face datasets."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from gemma_lora.base.files import GemmaLoraError
+from gemma_lora.data.chats import Turn, check_alternation, read_turns
+from gemma_lora.data.containers import Unreadable, read_rows
+from gemma_lora.data.fields import Notes
+from gemma_lora.data.notices import Notices
+from gemma_lora.data.records import read_record
 
 _SHOWN = 10  # bad lines that an error lists
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A prompt and its answer. `turns` is empty, or holds a chat of more than two turns as (role, text)."""
+    """A prompt and its answer.
+
+    Invariants: `turns` is empty, or holds a chat of more than two turns as (role, text), user and model in
+    alternation; `prompt` and `response` are then the last two. `learn` is empty where every answer is learned, else
+    one value a turn: False for a turn that is context only. The last answer is always learned. Text is as it was
+    given; what reads lines takes white space off around it.
+    """
 
     prompt: str
     response: str
     file: str = ""
     line: int = 0
     turns: tuple[tuple[str, str], ...] = ()
+    learn: tuple[bool, ...] = ()
 
     @property
     def where(self) -> str:
@@ -45,7 +55,8 @@ def turns_before_answer(prompt: Prompt) -> tuple[tuple[str, str], ...]:
     """What a model sees before it answers, as (role, text), user and model in alternation, the user's last.
 
     Args:
-        prompt: A `Prompt`. System text of a chat joins the user's first turn, as in training.
+        prompt: A `Prompt`. As in training, white space around texts is taken off, and system text of a chat joins
+            the user's first turn.
 
     Raises:
         ValueError: If it is none, or a chat whose turns do not alternate or end with the model's.
@@ -58,17 +69,27 @@ def turns_before_answer(prompt: Prompt) -> tuple[tuple[str, str], ...]:
     if isinstance(prompt, Example):
         return prompt.turns[:-1] or (("user", prompt.prompt),)
     if isinstance(prompt, str):
-        return (("user", prompt),)
+        return (("user", prompt.strip()),)
     if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
         raise ValueError(f"a prompt must be text, an Example or a list of turns. Received: {type(prompt).__name__}")
-    return _alternating(list(prompt), "chat", "role", "content", last="user")
+    system, turns = read_turns(list(prompt), "chat", [])
+    turns = [turn._replace(text=turn.text.strip()) for turn in turns]
+    check_alternation(turns, last="user")
+    return _with_system(system, turns)
+
+
+def _with_system(system: str, turns: Sequence[Turn]) -> tuple[tuple[str, str], ...]:
+    """Turns as (role, text); system text joins the first, with a blank line between, as in Gemma's chat template."""
+    first = f"{system}\n\n{turns[0].text}" if system.strip() else turns[0].text
+    return (("user", first), *((turn.role, turn.text) for turn in turns[1:]))
 
 
 class BadLines:
-    """Collects what is wrong with lines, and raises or counts at the end."""
+    """Collects what is wrong with lines, and raises or counts at the end. `notices` has what else is to be said."""
 
     def __init__(self, skip: bool):
         self.skip = skip
+        self.notices = Notices()
         self.messages: list[str] = []
         self.files: dict[str, int] = {}
 
@@ -96,52 +117,48 @@ def summary(skipped: Mapping[str, int]) -> str:
     return f"Bad lines skipped: {counts}." if counts else ""
 
 
-def read_jsonl(path: str | os.PathLike, skip_bad_lines: bool = False, bad: BadLines | None = None) -> list[Example]:
-    """Reads examples from a JSON Lines file.
+def read_examples(
+    path: str | os.PathLike,
+    skip_bad_lines: bool = False,
+    bad: BadLines | None = None,
+    on_notice: Callable[[str], None] = print,
+) -> list[Example]:
+    """Reads examples from a file: JSON Lines, a JSON array, CSV, TSV or Parquet, each also with .gz.
 
-    Each line is `{"prompt", "response"}`, Alpaca's `{"instruction", "input", "output"}`, ShareGPT's
-    `{"conversations": [{"from", "value"}]}` or `{"messages": [{"role", "content"}]}`.
+    Each line is `{"prompt", "response"}` (or completion, question and answer), Alpaca's `{"instruction", "input",
+    "output"}`, Dolly's `{"instruction", "context", "response"}`, or a chat in `messages` or `conversations`, each turn
+    as `{"role", "content"}` or `{"from", "value"}`.
 
     Args:
         path: The file, UTF-8. Empty lines are passed over.
         skip_bad_lines: Leave bad lines out instead of raising.
-        bad: A collector to use instead; the caller then finishes it.
+        bad: A collector to use instead; the caller then finishes it, and shows its notices.
+        on_notice: Called with each sentence on how the lines were read.
 
     Raises:
         GemmaLoraError: If the file is missing, holds no example, or a line is bad; it names file and line.
     """
-    path = Path(path)
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise GemmaLoraError(f"{path}: cannot be read ({error.strerror}). Give a JSONL file.") from error
     own = bad is None
     bad = bad or BadLines(skip_bad_lines)
     examples = []
-    for number, line in enumerate(raw.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        if not line.strip():
-            continue
+    for number, value in read_rows(path):
         try:
-            examples.append(_from_line(line, str(path), number))
+            if isinstance(value, Unreadable):
+                raise ValueError(value.reason)
+            examples.append(to_example(value, str(path), number, bad.notices))
         except ValueError as error:
             bad.add(str(path), number, str(error))
     if own:
         bad.finish()
+        for sentence in bad.notices.sentences():
+            on_notice(sentence)
     if not examples and (own or not bad.messages):
         raise GemmaLoraError(f"{path}: holds no usable example. Give one JSON object a line.")
     return examples
 
 
-def _from_line(line: bytes, file: str, number: int) -> Example:
-    try:
-        text = line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 (byte {error.start + 1} of the line). Save the file as UTF-8") from None
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON ({error})") from None
-    return to_example(value, file, number)
+#: The former name of `read_examples`, from when it read JSON Lines alone.
+read_jsonl = read_examples
 
 
 def from_records(records: Iterable[Any], name: str, bad: BadLines) -> list[Example]:
@@ -149,103 +166,34 @@ def from_records(records: Iterable[Any], name: str, bad: BadLines) -> list[Examp
     examples = []
     for number, record in enumerate(records, start=1):
         try:
-            examples.append(to_example(record, name, number))
+            examples.append(to_example(record, name, number, bad.notices))
         except ValueError as error:
             bad.add(name, number, str(error))
     return examples
 
 
-def to_example(value: Any, file: str = "", line: int = 0) -> Example:
+def to_example(value: Any, file: str = "", line: int = 0, notices: Notices | None = None) -> Example:
     """Turns one record of any known form into an `Example`.
+
+    Args:
+        value: The record.
+        file, line: Where it is from, for messages.
+        notices: Collects what a user should know: fields that are not used, numbers that became text.
 
     Raises:
         ValueError: Says what is wrong with the record.
+
+    Example:
+
+    >>> to_example({"instruction": "Translate.", "input": "eau", "output": "water"}).prompt
+    'Translate.\\n\\neau'
     """
-    if not isinstance(value, dict):
-        raise ValueError(f"a JSON object is needed, this is {type(value).__name__}")
-    for keys, reader in _FORMS:
-        if any(key in value for key in keys):
-            prompt, response, turns = reader(value)
-            if not response.strip():
-                raise ValueError("the answer is empty")
-            return Example(prompt, response, file, line, turns)
-    raise ValueError(
-        "unknown form: fields are " + (", ".join(map(repr, value)) or "none") + "; needed are prompt and response, "
-        "instruction and output, conversations, or messages"
-    )
-
-
-def _text(value: dict, key: str) -> str:
-    if key not in value:
-        raise ValueError(f"the field {key!r} is missing")
-    if not isinstance(value[key], str):
-        raise ValueError(f"the field {key!r} must be text, this is {type(value[key]).__name__}")
-    try:
-        value[key].encode("utf-8")
-    except UnicodeEncodeError:
-        raise ValueError(f"the field {key!r} holds half a character (an unpaired \\ud800…\\udfff)") from None
-    return value[key]
-
-
-def _prompt_response(value: dict):
-    plural = "prompts" in value or "responses" in value
-    keys = ("prompts", "responses") if plural else ("prompt", "response")
-    return _text(value, keys[0]), _text(value, keys[1]), ()
-
-
-def _alpaca(value: dict):
-    instruction, output = _text(value, "instruction"), _text(value, "output")
-    extra = _text(value, "input") if value.get("input") else ""
-    return (f"{instruction}\n\n{extra}" if extra else instruction), output, ()
-
-
-def _sharegpt(value: dict):
-    return _conversation(value["conversations"], "conversations", "from", "value")
-
-
-def _messages(value: dict):
-    return _conversation(value["messages"], "messages", "role", "content")
-
-
-_ROLES = {"human": "user", "user": "user", "gpt": "model", "assistant": "model", "model": "model"}
-
-
-def _conversation(entries: Any, field: str, role_key: str, text_key: str):
-    turns = _alternating(entries, field, role_key, text_key, last="model")
-    return turns[-2][1], turns[-1][1], turns if len(turns) > 2 else ()
-
-
-def _alternating(entries: Any, field: str, role_key: str, text_key: str, last: str) -> tuple[tuple[str, str], ...]:
-    """Checks a chat: turns of user and model in alternation, the last one's role; system text joins the first."""
-    if not isinstance(entries, list) or not entries:
-        raise ValueError(f"the field {field!r} must be a list of turns")
-    system = ""
-    turns: list[tuple[str, str]] = []
-    for entry in entries:
-        if not isinstance(entry, dict):
-            raise ValueError(f"a turn of {field!r} must be an object")
-        role, text = _text(entry, role_key), _text(entry, text_key)
-        if role == "system" and not turns:
-            system = f"{text}\n\n"
-            continue
-        if role not in _ROLES:
-            raise ValueError(f"unknown role {role!r}; known are system, {', '.join(_ROLES)}")
-        expected = "model" if len(turns) % 2 else "user"
-        if _ROLES[role] != expected:
-            raise ValueError(f"turns must alternate: turn {len(turns) + 1} is {role!r}, expected the {expected}'s")
-        turns.append((_ROLES[role], text))
-    if not turns or turns[-1][0] != last:
-        raise ValueError(f"the last turn must be the {last}'s")
-    if any(role == "model" and not text.strip() for role, text in turns):
-        raise ValueError("an answer is empty")
-    turns[0] = ("user", system + turns[0][1])
-    return tuple(turns)
-
-
-_Reader = Callable[[dict], tuple[str, str, Any]]
-_FORMS: Sequence[tuple[tuple[str, ...], _Reader]] = (
-    (("messages",), _messages),
-    (("conversations",), _sharegpt),
-    (("instruction", "output"), _alpaca),
-    (("prompt", "response", "prompts", "responses"), _prompt_response),
-)
+    notes: Notes = []
+    system, read = read_record(value, notes)
+    turns = _with_system(system, read)
+    learn = tuple(turn.role == "model" and turn.learn for turn in read)
+    marked = any(turn.role == "model" and not turn.learn for turn in read)
+    example = Example(turns[-2][1], turns[-1][1], file, line, turns if len(turns) > 2 else (), learn if marked else ())
+    if notices is not None:
+        notices.add_line(example.where, notes)
+    return example

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
+from pathlib import Path
 from typing import Any
+
+from gemma_lora.base.files import GemmaLoraError
 
 #: Control tokens that a template may hold; in a user's own text they stay plain text.
 CONTROL_TOKENS = ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>")
@@ -62,7 +67,55 @@ class Template:
         """
         if not isinstance(values, dict) or not {"prompt", "response"} <= set(values):
             raise ValueError(f"a template needs the fields prompt and response. Received: {values!r}")
-        return cls(values["prompt"], values["response"], tuple(values.get("stop", ("<eos>",))))
+        if unknown := sorted(set(values) - {"prompt", "response", "stop"}):
+            raise ValueError(
+                f"a template has the fields prompt, response and stop. Received also: {', '.join(unknown)}"
+            )
+        stop = values.get("stop", ["<eos>"])
+        if not isinstance(stop, list | tuple):
+            raise ValueError(f"a template's stop is a list of tokens. Received: {stop!r}")
+        return cls(values["prompt"], values["response"], tuple(stop))
+
+
+#: Templates that have a word of their own.
+NAMED = {"base": Template.base, "chat": Template.gemma_chat}
+
+
+def find_template(template: Template | str | os.PathLike | None) -> Template | None:
+    """The template that is meant: itself, a word ("base", "chat"), or a file's.
+
+    Raises:
+        GemmaLoraError: If the file is missing or holds no template.
+        ValueError: If it is none of these.
+
+    Example:
+
+    >>> find_template("chat") == Template.gemma_chat()
+    True
+    """
+    if template is None or isinstance(template, Template):
+        return template
+    if not isinstance(template, str | os.PathLike):
+        raise ValueError(f"`template` must be a Template, a file, 'base' or 'chat'. Received: {template!r}")
+    if template in NAMED:
+        return NAMED[str(template)]()
+    if not Path(template).is_file():
+        raise GemmaLoraError(f"{template}: no such template. Give a template.json, or one of {', '.join(NAMED)}.")
+    return read_template(template)
+
+
+def read_template(path: str | os.PathLike) -> Template:
+    """Reads a `template.json`.
+
+    Raises:
+        GemmaLoraError: If it cannot be read, or holds no template.
+    """
+    try:
+        return Template.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise GemmaLoraError(
+            f"{path}: not a template ({error}). It needs the fields prompt and response, and may have stop."
+        ) from error
 
 
 def default_template(model: Any) -> Template:
@@ -88,10 +141,15 @@ def template_of(model: Any, template: Template | None = None) -> Template:
     return template or getattr(model, "gemma_lora_template", None) or default_template(model)
 
 
-def template_reason(model: Any, template: Template | None = None) -> str:
-    """One line that says which template `template_of` gives for the same arguments, and why."""
+def template_reason(model: Any, template: Template | None = None, origin: str = "the dataset's own") -> str:
+    """One line that says which template `template_of` gives for the same arguments, and why.
+
+    Args:
+        model, template: As for `template_of`.
+        origin: Where a given template is from.
+    """
     if template is not None:
-        why = "the dataset's own"
+        why = origin
     elif getattr(model, "gemma_lora_template", None) is not None:
         why = "the adapter's"
     elif getattr(model, "gemma_lora_instruction_tuned", False):

@@ -17,7 +17,7 @@ from gemma_lora.base.settings import DEFAULTS
 from gemma_lora.base.settings import Settings as Settings
 from gemma_lora.data.dataset import Dataset, load_dataset
 from gemma_lora.gemma.load import require_source
-from gemma_lora.job.folder import claim, finished_metrics, remove_run, stored_rows, write_run
+from gemma_lora.job.folder import claimed, finished_metrics, remove_run, stored_rows, write_run
 from gemma_lora.job.folder import versions as versions
 from gemma_lora.job.report import progress_bar as progress_bar
 from gemma_lora.job.report import report_table as report_table
@@ -42,6 +42,8 @@ def finetune(settings: Settings = DEFAULTS, console: Console | None = None, over
     started = time.perf_counter()
     dataset = check_inputs(settings)
     finished = None if overwrite else finished_metrics(settings, dataset.digest)
+    for notice in dataset.notices:
+        console.print(escape(notice), highlight=False)
     if dataset.skipped:
         console.print(f"[yellow]{escape(dataset.skipped_summary)}[/]")
     run_dir = Path(settings.run_dir)
@@ -63,7 +65,13 @@ def check_inputs(settings: Settings) -> Dataset:
     """
     require_source(settings.model, settings.quantization)
     require_writable(Path(settings.run_dir) / "settings.json", "--run-dir")
-    return load_dataset(settings.data, skip_bad_lines=settings.skip_bad_lines)
+    return load_dataset(
+        settings.data,
+        settings.template,
+        settings.skip_bad_lines,
+        validation=settings.validation,
+        on_notice=lambda notice: None,  # the job shows them, on its console
+    )
 
 
 def _run(
@@ -79,9 +87,9 @@ def _run(
     # Only now: a model or lines that cannot be used neither claim a folder nor cost the run that is in it.
     if overwrite:
         remove_run(asked.run_dir)
-    claim(asked, digest, chosen)
     tests = dataset.tests or {"validation": dataset.validation}
-    before, english_before = stages.answers_before(model, dataset, tests, settings, console)
+    with claimed(asked, digest, chosen):
+        before, english_before = stages.answers_before(model, dataset, tests, settings, console)
     log, training_seconds = stages.train(model, dataset, settings)
     after = stages.answer_all(model, tests, dataset.template, settings, console, "fine-tuned")
     metrics = {

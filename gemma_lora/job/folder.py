@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +78,23 @@ def claim(settings: Settings, data_sha256: str, chosen: dict[str, Any] | None = 
     return None
 
 
+@contextlib.contextmanager
+def claimed(settings: Settings, data_sha256: str, chosen: dict[str, Any] | None = None) -> Iterator[None]:
+    """As `claim`; a start that fails within leaves no folder that was not there before."""
+    run_dir = Path(settings.run_dir)
+    made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
+    claim(settings, data_sha256, chosen)
+    try:
+        yield
+    except (GemmaLoraError, ValueError, OSError):
+        if not _began(run_dir):
+            (run_dir / "settings.json").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # another's files are in it
+                for folder in made:
+                    folder.rmdir()
+        raise
+
+
 def _began(run_dir: Path) -> bool:
     """Whether a job has done something here; settings alone are of one that failed before it had."""
     others = [name for name in RUN_FILES if name != "settings.json"]
@@ -106,7 +125,9 @@ def read_json(path: Path) -> dict[str, Any]:
 def stored_rows(run_dir: Path) -> list[dict[str, str]]:
     """The rows of a finished run's `answers.jsonl`; none if the file is gone."""
     path = run_dir / "answers.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    # Not `splitlines`: an answer may hold U+2028, at which that would cut it.
+    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
+    return [json.loads(line) for line in lines if line]
 
 
 def write_run(run_dir: Path, metrics: dict[str, Any], losses: list[float], rows: list[dict[str, str]]) -> None:

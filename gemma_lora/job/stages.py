@@ -55,7 +55,7 @@ def load_model(settings: Settings, console: Console):
 
 def with_template(dataset: Dataset, model, console: Console) -> Dataset:
     """The dataset with the template that is used; says which that is, and why."""
-    console.print(template_reason(model, dataset.template), markup=False, highlight=False)
+    console.print(template_reason(model, dataset.template, dataset.template_origin), markup=False, highlight=False)
     return dataclasses.replace(dataset, template=template_of(model, dataset.template))
 
 

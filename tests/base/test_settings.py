@@ -22,6 +22,8 @@ NOT_A_TRUTH = [0, 1, "yes", None, [], np.float32(1)]
 REFUSED = {
     "data": (["", 3, None, b"x"], "text that is not empty"),
     "run_dir": (["", 3, None], "text that is not empty"),
+    "validation": (["", 3, b"x"], "text that is not empty, or None"),
+    "template": (["", 3, {}], "text that is not empty, or None"),
     "model": (["", 3, None], "text that is not empty"),
     "dtype": (["float16", "", None, 32, "bf"], "one of float32, bfloat16"),
     "quantization": (["int3", "", 4, True, ["nf4"]], "one of nf4, int8, int4, gguf, or None"),

@@ -129,11 +129,11 @@ BAD = {
     "missing instruction": ({"output": "a"}, "'instruction' is missing"),
     "empty answer": ({"prompt": "a", "response": ""}, "answer is empty"),
     "blank answer": ({"prompt": "a", "response": " \n"}, "answer is empty"),
-    "wrong type": ({"prompt": 3, "response": "a"}, "'prompt' must be text"),
+    "wrong type": ({"prompt": ["b"], "response": "a"}, "'prompt' must be text"),
     "answer of wrong type": ({"prompt": "a", "response": {"b": 1}}, "'response' must be text"),
     "bad utf-8": (b'{"prompt": "caf\xe9", "response": "a"}', "UTF-8"),
     "half a character": (b'{"prompt": "\\ud83d", "response": "a"}', "half a character"),
-    "unknown form": ({"question": "a", "answer": "b"}, "'question'"),
+    "unknown form": ({"frage": "a", "antwort": "b"}, "'frage'"),
     "no turns": ({"messages": []}, "list of turns"),
     "turns of wrong type": ({"messages": "hello"}, "list of turns"),
     "turn of wrong type": ({"messages": ["hello"]}, "must be an object"),
@@ -165,7 +165,7 @@ def test_bad_lines_are_named_or_counted(tmp_path, name):
 
 
 def test_ten_bad_lines_are_listed_and_the_rest_counted(tmp_path):
-    path = write(tmp_path / "a.jsonl", *[b"?"] * 14)
+    path = write(tmp_path / "a.jsonl", pair(1), *[b"?"] * 14)
     with pytest.raises(GemmaLoraError) as error:
         read_jsonl(path)
     assert str(error.value).count(f"{path}:") == 10 and "4 more" in str(error.value)
@@ -196,7 +196,7 @@ def test_what_is_missing_is_named(tmp_path):
     with pytest.raises(GemmaLoraError, match="int"):
         load_dataset(3)
     with pytest.raises(GemmaLoraError, match="0 usable training"):
-        load_dataset(write(tmp_path / "a.jsonl", b"?", b"?"), skip_bad_lines=True)
+        load_dataset(write(tmp_path / "a.jsonl", {"a": 1}, {"a": 2}), skip_bad_lines=True)
     with pytest.raises(GemmaLoraError, match="1 usable training and 0 validation"):
         load_dataset([pair(1)])
     with pytest.raises(ValueError, match="validation_fraction"):
