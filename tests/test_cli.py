@@ -375,6 +375,7 @@ def test_every_setting_is_an_option_of_finetune(command, monkeypatch, name):
 OTHER = {"quantization": "int8", "targets": "query", "dropout": "0.25", "warmup": "0.5", "evaluate_base": False}
 OTHER |= {name: True for name in ("double_quant", "rslora", "dora", "remat", "mixed_precision")}
 OTHER |= {name: True for name in ("filter_gradient", "skip_bad_lines")}
+OTHER["metric"] = "loss"
 
 
 def test_a_new_field_is_a_new_option(monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 import gemma_lora as gl
 from gemma_lora.data.formats import Example
 from gemma_lora.data.templates import Template
-from gemma_lora.generation import evaluation
+from gemma_lora.generation import evaluation, likelihood
 from gemma_lora.generation.evaluation import teacher_forced
 
 REFERENCE = '{"date": "2024-07-12", "amount": "769.08"}'
@@ -125,7 +125,7 @@ def test_rows_scored_together_score_as_alone(model, monkeypatch, rows):
     examples = [Example(prompt, answer) for prompt, answer in zip(prompts, given, strict=True)]
     scores = {}
     for number in (1, rows):
-        monkeypatch.setattr(evaluation, "_ROWS", number)
+        monkeypatch.setattr(likelihood, "_ROWS", number)
         scores[number] = teacher_forced(model, examples, PLAIN, row_length=14)  # hardly two in a row
     assert scores[rows].exact_match == scores[1].exact_match == 2 / 5
     assert scores[rows].count == 5 and scores[rows].loss == pytest.approx(scores[1].loss, abs=1e-5)
