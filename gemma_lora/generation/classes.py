@@ -56,12 +56,13 @@ class Confusion:
         return dataclasses.asdict(self)
 
 
-def confusion(answers: Sequence[str], references: Sequence[str]) -> Confusion:
+def confusion(answers: Sequence[str], references: Sequence[str], labels: Sequence[str] = ()) -> Confusion:
     """The confusion matrix of answers. Outer white space aside, an answer is a class to the letter or none.
 
     Args:
         answers: Generated texts.
         references: The right classes, as many.
+        labels: Classes there are besides.
 
     Example:
 
@@ -69,7 +70,7 @@ def confusion(answers: Sequence[str], references: Sequence[str]) -> Confusion:
     >>> found.rows, found.columns, found.counts
     (['cat', 'dog', '(no class)'], ['cat', 'dog'], [[1, 0], [1, 0], [0, 1]])
     """
-    names = classes_of(references)
+    names = list(dict.fromkeys([*classes_of(references), *(label.strip() for label in labels)]))
     place = {name: number for number, name in enumerate(names)}
     counts = np.zeros((len(names) + 1, len(names)), int)
     for answer, reference in zip(answers, references, strict=True):

@@ -115,15 +115,16 @@ def answer(
         prompts: A list of what `generate` takes.
         template: The text around a prompt; see `generate`.
         shots: Worked examples; a chat is shown with all its turns.
-        separator: Text that ends an answer where examples are shown, and stands between them; by default the plainest
-            that occurs in none of their answers, see `separator_of`.
+        separator: Text that ends an answer, and stands between worked examples; by default none, or where examples are
+            shown the plainest that occurs in none of their answers, see `separator_of`.
     """
     check(max_new_tokens=max_new_tokens, batch_size=batch_size)
     template, tokenizer = template_of(model, template), model.preprocessor.tokenizer
     stops = {int(tokenizer.token_to_id(token)) for token in (*template.stop, "<eos>")}
     between = "\n"
-    if shots:
-        separator = separator or separator_of([shot.response for shot in shots], template)
+    if shots and not separator:
+        separator = separator_of([shot.response for shot in shots], template)
+    if separator:
         # Where a control token ends an answer, turns follow each other as in a chat.
         between = "\n" if template.response.endswith(_turn_ends(template)) else separator
         ids = list(map(int, np.reshape(tokenizer.tokenize(separator), -1)))
@@ -133,7 +134,7 @@ def answer(
     texts, cut = [], []
     for row in rows:
         text = tokenizer.detokenize([int(i) for i in row]) if len(row) else ""
-        text, ended = before(separator, text) if shots and separator else (text, False)
+        text, ended = before(separator, text) if separator else (text, False)
         texts.append(text.strip())
         cut.append(len(row) >= max_new_tokens and not ended)
     return Answers(texts, cut)
@@ -143,14 +144,19 @@ def _turn_ends(template: Template) -> tuple[str, ...]:
     return tuple(token for token in template.stop if token != "<eos>")
 
 
-def tokens_needed(examples: Sequence[Example], tokenizer, template: Template) -> int:
+def tokens_needed(
+    examples: Sequence[Example], tokenizer, template: Template, learned: Sequence[np.ndarray] = ()
+) -> int:
     """What `max_new_tokens` must be for these examples' answers: a quarter more than the longest one, at least 16.
 
     Args:
         examples: Examples; of a chat, the last answer counts.
         tokenizer, template: As in `encode`.
+        learned: Loss masks of training lines, whose last answers count too.
     """
-    longest = max((len(tokens) for tokens in response_tokens(examples, tokenizer, template)), default=0)
+    lengths = [len(tokens) for tokens in response_tokens(examples, tokenizer, template)]
+    lengths += [int(np.argmin([*mask[::-1], False])) for mask in learned]  # of a chat, the mask's last stretch
+    longest = max(lengths, default=0)
     return max(LEAST_NEW_TOKENS, longest + longest // 4 + 1)
 
 

@@ -129,6 +129,7 @@ def score(
     metric: str | None = None,
     cut: Sequence[bool] = (),
     losses: Sequence[tuple[float, int]] | None = None,
+    labels: Sequence[str] = (),
 ) -> Scores:
     """The `Scores` of answers that are there already.
 
@@ -138,6 +139,7 @@ def score(
         metric: `exact`, `json`, `classification`, `text` or `loss`; by default the one that suits the references.
         cut: For each answer, whether it was cut off; by default none was.
         losses: For `loss`: each reference's loss, summed over its tokens, and its number of tokens.
+        labels: For `classification`: classes there are besides, which none of these references may be.
 
     Raises:
         ValueError: If the lengths differ or are 0, or there is no such metric.
@@ -152,7 +154,7 @@ def score(
     check_lengths(answers, references)
     chosen = metric_of(metric, references)
     objects = all(parse_object(reference) is not None for reference in references)
-    table = confusion(answers, references) if chosen == "classification" else None
+    table = confusion(answers, references, labels) if chosen == "classification" else None
     cut_lines = [number for number, was in enumerate(cut) if was]
     return Scores(
         exact_match=exact_match(answers, references),

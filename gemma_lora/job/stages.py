@@ -24,6 +24,7 @@ from gemma_lora.data.formats import Example
 from gemma_lora.data.templates import template_of, template_reason
 from gemma_lora.exchange.peft import save_adapter
 from gemma_lora.gemma.load import BUILTIN_NAME, BUILTIN_NOTE, load_gemma
+from gemma_lora.generation.classes import classes_of
 from gemma_lora.generation.evaluation import answer, reference_losses, tokens_needed
 from gemma_lora.generation.likelihood import english_text, perplexity
 from gemma_lora.generation.metrics import Scores, score
@@ -91,9 +92,10 @@ def choose(
         if getattr(settings, name) is None:
             chosen[name] = getattr(precision, name)
     if settings.max_new_tokens is None:  # what is answered may need more than what is learned
-        lines = [*dataset.train, *dataset.validation, *(line for split in dataset.tests.values() for line in split)]
+        asked = [line for split in dataset.tests.values() for line in split] or dataset.validation
         template = template_of(model, dataset.template)
-        chosen["max_new_tokens"] = tokens_needed(lines, model.preprocessor.tokenizer, template)
+        need = tokens_needed(asked, model.preprocessor.tokenizer, template, encoded.loss_mask)
+        chosen["max_new_tokens"] = need
     return dataclasses.replace(settings, **chosen), chosen
 
 
@@ -105,9 +107,12 @@ def answers_before(
     if path.exists():
         stored = read_json(path)
         console.print("[dim]The base model's answers are from before.json.[/]")
-        return {name: _scored_again(tests[name], settings, **scores) for name, scores in stored["scores"].items()}, (
-            stored["english_perplexity"]
-        )
+        labels = class_names(dataset, settings.metric)
+        again = {
+            name: _scored_again(tests[name], settings.metric, labels, **scores)
+            for name, scores in stored["scores"].items()
+        }
+        return again, stored["english_perplexity"]
     scores: dict[str, Scores] = {}
     if settings.evaluate_base:
         # What the base cannot do is seen on fewer lines, too; `count` in the scores says on how many.
@@ -121,12 +126,22 @@ def answers_before(
     return scores, english
 
 
-def _scored_again(split: list[Example], settings: Settings, answers: list[str], **stored: Any) -> Scores:
+def class_names(dataset: Dataset, metric: str | None) -> list[str]:
+    """The classes of all lines: an answer that is right for none of a small split's lines may be a class all the same."""
+    if metric != "classification":
+        return []
+    splits = [dataset.train, dataset.validation, *dataset.tests.values()]
+    return classes_of([line.response for split in splits for line in split])
+
+
+def _scored_again(
+    split: list[Example], metric: str | None, labels: list[str], answers: list[str], **stored: Any
+) -> Scores:
     """The scores of stored answers. Answers are what took time; scores may have been of another version's form."""
     references = [example.response for example in split[: len(answers)]]
     cut = set(stored.get("cut_lines", ()))
     kept = [number in cut for number in range(len(answers))]
-    return score(answers, references, settings.metric, kept, stored.get("losses"))
+    return score(answers, references, metric, kept, stored.get("losses"), labels)
 
 
 def train(model, dataset: Dataset, settings: Settings) -> tuple[list[dict[str, Any]], float]:
@@ -152,7 +167,7 @@ def answer_all(
     settings: Settings,
     console: Console,
     what: str,
-    shots: Sequence[Example] = (),
+    shots: Sequence[Example] | None = None,
 ) -> dict[str, Scores]:
     """Scores of every split. All are answered in one call: batches are full, and XLA compiles once.
 
@@ -160,12 +175,12 @@ def answer_all(
         model, dataset, settings, console: The job's.
         tests: What is answered.
         what: What the progress bar says.
-        shots: Worked examples to show, for a model that was not tuned.
+        shots: Worked examples to show a model that was not tuned, or none of them; None for one that was.
     """
     examples = [example for split in tests.values() for example in split]
     template = template_of(model, dataset.template)
     # An answer ends where the next example would begin: at text that no answer of the task holds.
-    separator = separator_of([line.response for line in dataset.train], template) if shots else None
+    separator = separator_of([line.response for line in dataset.train], template) if shots is not None else None
     with progress_bar(console, f"{', '.join(tests)}: {what}", len(examples)) as advance:
         given = answer(
             model,
@@ -175,18 +190,19 @@ def answer_all(
             batch_size=settings.batch_size,
             on_progress=advance,
             mixed_precision=settings.mixed_precision,
-            shots=shots,
+            shots=shots or (),
             separator=separator,
         )
     losses = None
     if settings.metric == "loss":
         losses = [(line.loss, line.tokens) for line in reference_losses(model, examples, template)]
+    labels = class_names(dataset, settings.metric)
     scores, start = {}, 0
     for name, split in tests.items():
         here = slice(start, start + len(split))
         references = [example.response for example in split]
         some = None if losses is None else losses[here]
-        scores[name] = score(given.texts[here], references, settings.metric, given.cut[here], some)
+        scores[name] = score(given.texts[here], references, settings.metric, given.cut[here], some, labels)
         start += len(split)
     return scores
 
