@@ -81,6 +81,8 @@ def evaluate(
     chosen = metric_of(metric, references)  # what cannot be computed is said before the slow work
     if chosen == "loss":
         found = reference_losses(model, examples, template)
+        if on_progress is not None:
+            on_progress(len(examples), len(examples))
         return loss_scores([(line.loss, line.tokens) for line in found], [line.likeliest for line in found])
     if max_new_tokens is None:
         max_new_tokens = tokens_needed(examples, model.preprocessor.tokenizer, template_of(model, template))

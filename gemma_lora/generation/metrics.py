@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from gemma_lora.base.files import GemmaLoraError
-from gemma_lora.base.settings import check
+from gemma_lora.base.settings import Metric, check
 from gemma_lora.generation.bootstrap import Estimate, PerLine, differences, estimates, ratio, share
 from gemma_lora.generation.chrf import chrf_lines, require_sacrebleu
 from gemma_lora.generation.classes import Confusion, confusion, macro_f1
@@ -32,7 +32,7 @@ _MOST_ASKED_FOR = 200  # classes of a confusion matrix that somebody asked for
 _RARE = 20  # of so many lines, one may have an answer of its own and the task still be a classification
 
 
-def choose_metric(references: Sequence[str]) -> str:
+def choose_metric(references: Sequence[str]) -> Metric:
     """The metric that suits a task, by its right answers.
 
     | the right answers | metric |
@@ -65,15 +65,14 @@ def choose_metric(references: Sequence[str]) -> str:
     return "exact" if statistics.median(len(reference.strip()) for reference in references) <= _SHORT else "text"
 
 
-def metric_of(metric: str | None, references: Sequence[str]) -> str:
+def metric_of(metric: str | None, references: Sequence[str]) -> Metric:
     """The metric that was asked for, or else the one that suits.
 
     Raises:
         ValueError: If there is no such metric.
         GemmaLoraError: If it does not suit the right answers, or needs a package that is missing.
     """
-    check(metric=metric)
-    chosen = metric or choose_metric(references)
+    chosen: Metric = check(metric=metric)["metric"] or choose_metric(references)
     if chosen == "text":
         require_sacrebleu()
     wrong = next((reference for reference in references if parse_object(reference) is None), None)

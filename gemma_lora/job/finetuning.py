@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from gemma_lora.base.files import require_writable
-from gemma_lora.base.settings import DEFAULTS
+from gemma_lora.base.settings import DEFAULTS, Metric
 from gemma_lora.base.settings import Settings as Settings
 from gemma_lora.data.dataset import Dataset, load_dataset
 from gemma_lora.data.formats import Example, turns_before_answer
@@ -72,7 +72,7 @@ def check_inputs(settings: Settings) -> Dataset:
     return dataset
 
 
-def _metric(settings: Settings, dataset: Dataset) -> str:
+def _metric(settings: Settings, dataset: Dataset) -> Metric:
     """What the answers are scored by: what was asked for, or what suits all the right answers there are."""
     lines = [*dataset.train, *dataset.validation, *(line for split in dataset.tests.values() for line in split)]
     return metric_of(settings.metric, [line.response for line in lines])

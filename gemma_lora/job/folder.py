@@ -107,7 +107,10 @@ def read_json(path: Path) -> dict[str, Any]:
 def stored_rows(run_dir: Path) -> list[dict[str, Any]]:
     """The rows of a finished run's `answers.jsonl`; none if the file is gone."""
     path = run_dir / "answers.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    if not path.exists():
+        return []
+    # Only "\n" ends a line: an answer may hold U+2028, which `splitlines` takes for an end too.
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def write_run(run_dir: Path, metrics: dict[str, Any], losses: list[float], rows: list[dict[str, Any]]) -> None:

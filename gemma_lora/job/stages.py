@@ -127,7 +127,7 @@ def answers_before(
 
 
 def class_names(dataset: Dataset, metric: str | None) -> list[str]:
-    """The classes of all lines: an answer that is right for none of a small split's lines may be a class all the same."""
+    """The classes of all lines: one that is right for none of a small split's lines is a class all the same."""
     if metric != "classification":
         return []
     splits = [dataset.train, dataset.validation, *dataset.tests.values()]

@@ -28,8 +28,8 @@ def find_warnings(metrics: Mapping[str, Any]) -> list[str]:
 
     >>> find_warnings({"training_steps": 400})
     []
-    >>> find_warnings({"training_steps": 14})
-    ['Only 14 training steps: the model may not have learned the task. Give more --epochs, more lines, or fewer --rows.']
+    >>> find_warnings({"training_steps": 14})[0]
+    'Only 14 training steps: the model may not have learned it. Give more --epochs, more lines, or fewer --rows.'
     """
     signs = (_steps, _lines, _left_out, _cut, _no_loss, _validation, _english, _not_better)
     return [sentence for sign in signs for sentence in sign(metrics)]
@@ -40,7 +40,7 @@ def _steps(metrics: Mapping[str, Any]) -> list[str]:
     if steps is None or steps >= _FEW_STEPS:
         return []
     return [
-        f"Only {_counted(steps, 'training step')}: the model may not have learned the task. "
+        f"Only {_counted(steps, 'training step')}: the model may not have learned it. "
         "Give more --epochs, more lines, or fewer --rows."
     ]
 
@@ -98,8 +98,8 @@ def _validation(metrics: Mapping[str, Any]) -> list[str]:
         return []
     best = known.index(min(known)) + 1
     return [
-        f"The validation loss rose from {min(known):.3f} to {known[-1]:.3f} while the training loss fell (overfitting): "
-        f"it was lowest at measurement {best} of {len(known)}. Give fewer --epochs, or more different lines."
+        f"The validation loss rose from {min(known):.3f} to {known[-1]:.3f} while the training loss fell: overfitting. "
+        f"It was lowest at measurement {best} of {len(known)}. Give fewer --epochs, or more different lines."
     ]
 
 

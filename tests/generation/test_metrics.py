@@ -231,7 +231,9 @@ def test_before_and_after_are_compared_on_the_lines_both_have():
 
 def test_the_loss_is_compared_line_by_line():
     references = ["abc", "de"]
-    before, after = (score(["x", "y"], references, "loss", losses=losses) for losses in ([(6, 3), (4, 2)], [(3, 3), (2, 2)]))
+    before, after = (
+        score(["x", "y"], references, "loss", losses=losses) for losses in ([(6, 3), (4, 2)], [(3, 3), (2, 2)])
+    )
     assert before.value == 2 and after.value == 1
     assert compare(before, after, references)["loss"] == Estimate(-1, -1, -1)
 
