@@ -35,7 +35,7 @@ class ScoreAfterEpoch(keras.callbacks.Callback):
     Example:
 
     >>> stop = keras.callbacks.EarlyStopping(monitor="val_score", mode="max")             # doctest: +SKIP
-    >>> tuner.fit(x, y, weights, callbacks=[ScoreAfterEpoch(dataset.validation), stop])   # doctest: +SKIP
+    >>> tuner.fit(x, y, epochs=9, callbacks=[ScoreAfterEpoch(dataset.validation), stop])     # doctest: +SKIP
     """
 
     def __init__(
