@@ -20,11 +20,14 @@ if TYPE_CHECKING:
     from gemma_lora.exchange.peft import load_adapter as load_adapter
     from gemma_lora.exchange.peft import save_adapter as save_adapter
     from gemma_lora.gemma.load import load_gemma as load_gemma
+    from gemma_lora.generation.callbacks import ScoreAfterEpoch as ScoreAfterEpoch
+    from gemma_lora.generation.classify import classify as classify
     from gemma_lora.generation.engine import generate as generate
     from gemma_lora.generation.evaluation import evaluate as evaluate
-    from gemma_lora.generation.evaluation import exact_match as exact_match
-    from gemma_lora.generation.evaluation import perplexity as perplexity
-    from gemma_lora.generation.evaluation import teacher_forced as teacher_forced
+    from gemma_lora.generation.likelihood import perplexity as perplexity
+    from gemma_lora.generation.likelihood import teacher_forced as teacher_forced
+    from gemma_lora.generation.matching import exact_match as exact_match
+    from gemma_lora.generation.metrics import score as score
     from gemma_lora.layers.loss import chunked_cross_entropy as chunked_cross_entropy
     from gemma_lora.lora.apply import apply_lora as apply_lora
     from gemma_lora.lora.apply import detach_lora as detach_lora
@@ -46,8 +49,13 @@ _MODULES = {
     "data.templates": ["Template"],
     "exchange.peft": ["load_adapter", "save_adapter"],
     "gemma.load": ["load_gemma"],
+    "generation.callbacks": ["ScoreAfterEpoch"],
+    "generation.classify": ["classify"],
     "generation.engine": ["generate"],
-    "generation.evaluation": ["evaluate", "exact_match", "perplexity", "teacher_forced"],
+    "generation.evaluation": ["evaluate"],
+    "generation.likelihood": ["perplexity", "teacher_forced"],
+    "generation.matching": ["exact_match"],
+    "generation.metrics": ["score"],
     "layers.loss": ["chunked_cross_entropy"],
     "lora.houlsby": ["apply_adapters"],
     "lora.apply": ["apply_lora", "detach_lora", "merge_lora", "unmerge_lora"],

@@ -126,7 +126,7 @@ def generate(
     epilog="Example: `gemma-lora evaluate --adapter runs/expenses/adapter --data data/expenses/test.jsonl "
     "--output scores.json --answers answers.jsonl`"
 )
-@_takes(*_MODEL, "max_new_tokens", "skip_bad_lines", "mixed_precision")
+@_takes(*_MODEL, "metric", "max_new_tokens", "skip_bad_lines", "mixed_precision")
 def evaluate(
     data: Annotated[Path, typer.Option(help="A JSONL file whose responses are the right answers.")],
     adapter: Annotated[Path | None, _ADAPTER] = None,
@@ -135,32 +135,95 @@ def evaluate(
         Path | None,
         typer.Option(help="Where every line goes with its answer and whether that is right, as JSONL."),
     ] = None,
+    picture: Annotated[
+        Path | None,
+        typer.Option(help="Where a classification's confusion matrix goes, .png or .svg; by default beside --output."),
+    ] = None,
     **chosen: Any,
 ) -> None:
-    """Score an adapter (or the base model) on any file."""
-    _require_places(data, output, answers)
+    """Score an adapter (or the base model) on any file.
+
+    The metric follows the right answers: JSON objects are compared field by field, a few short answers that occur again
+    and again are classes, other short ones are compared to the letter, and long ones by chrF. --metric sets another;
+    loss is the right answers' mean loss, and generates nothing.
+    """
+    _require_places(data, output, answers, picture)
     _require_model(adapter, chosen)
     examples = _read_lines(data, chosen["skip_bad_lines"])
+    asked = chosen["metric"]
+    chosen["metric"] = metric = _metric(data, examples, asked, picture)
+    if asked is None:
+        typer.echo(f"Metric: {metric}, which suits the right answers; --metric sets another.", err=True)
     loaded = _load(adapter, chosen)
     found = _score(loaded, str(data), examples, chosen)
-    scores = found.to_dict()
     if output is not None:
-        write_json_atomic(output, scores)
+        write_json_atomic(output, found.to_dict())
     if answers is not None:
-        write_jsonl_atomic(answers, _judged(examples, found.answers))
-    typer.echo(f"exact match {100 * scores['exact_match']:.1f} % of {scores['count']}")
-    for field, value in scores["fields"].items():
-        typer.echo(f"  {field}: {100 * value:.1f} %")
+        write_jsonl_atomic(answers, _judged(examples, found))
+    if found.confusion is not None and (picture or output):
+        from gemma_lora.plots import confusion_matrix, save_figure
+
+        table, place = found.confusion, picture or _beside(output)
+        save_figure(confusion_matrix(table.counts, table.rows, table.columns, title=data.name), place)
+    for line in _said(found):
+        typer.echo(line)
 
 
-def _require_places(data: Path, output: Path | None, answers: Path | None) -> None:
+def _beside(output: Path | None) -> Path:
+    """Where a picture goes that belongs to the scores in a file."""
+    output = output or Path("scores.json")
+    return output.with_name(f"{output.stem}_confusion.png")
+
+
+def _metric(data: Path, examples: list, asked: str | None, picture: Path | None) -> str:
+    """The metric to score by; raises where it does not suit the lines, or has no picture and one is asked for."""
+    from gemma_lora.generation.metrics import metric_of
+
+    try:
+        metric = metric_of(asked, [example.response for example in examples])
+    except GemmaLoraError as error:
+        raise GemmaLoraError(f"{data}: {error}") from None
+    if picture is not None and metric != "classification":
+        raise GemmaLoraError(
+            f"--picture: only the metric classification has a confusion matrix, and here it is {metric}. "
+            "Leave --picture out, or give --metric classification."
+        )
+    return metric
+
+
+def _said(found: Any) -> list[str]:
+    """The lines that `evaluate` prints: each score with its interval, classes, and answers that were cut off."""
+    from gemma_lora.job.report import shown_interval, shown_score
+
+    scores = {name: vars(one) for name, one in found.scores.items()}
+    scores = scores or {"exact match": {"value": found.exact_match}}
+    lines = []
+    for number, (name, one) in enumerate(scores.items()):
+        of = f" of {found.count}" if number == 0 else ""
+        interval = shown_interval(name, one) and f" {shown_interval(name, one)}"
+        field = name.startswith("field ")
+        label = f"  {name.removeprefix('field ')}:" if field else name
+        lines.append(f"{label} {shown_score(name, one['value'])}{of}{interval}")
+    for name, one in found.classes.items():
+        parts = [f"{of} {shown_score(of, one[of])}" for of in ("precision", "recall", "f1") if of in one]
+        parts += [f"lines {one['count']}", f"answered {one['answered']}"]
+        lines.append(f"  {name}: {', '.join(parts)}")
+    if found.cut:
+        lines.append(f"cut off before they were done: {found.cut} of {found.count}. Give a larger --max-new-tokens.")
+    return lines
+
+
+def _require_places(data: Path, output: Path | None, answers: Path | None, picture: Path | None) -> None:
     """Raises where a result cannot be written, or would be written over something else of the same call."""
-    for path, option, taken in ((output, "--output", (data,)), (answers, "--answers", (data, output))):
+    places = ((output, "--output", (data,)), (answers, "--answers", (data, output)))
+    for path, option, taken in (*places, (picture, "--picture", (data, output, answers))):
         if path is None:
             continue
         if path.resolve() in [other.resolve() for other in taken if other is not None]:
             raise GemmaLoraError(f"{path}: is given twice, and would be overwritten. Give another {option}.")
         require_writable(path, option)
+    if picture is not None and picture.suffix.lower() not in (".png", ".svg"):
+        raise GemmaLoraError(f"{picture}: a picture ends in .png or .svg. Give another --picture.")
 
 
 def _require_model(adapter: Path | None, chosen: dict[str, Any]) -> None:
@@ -207,22 +270,26 @@ def _score(loaded, what: str, examples: list, chosen: dict[str, Any]):
     from gemma_lora.generation.evaluation import evaluate as score
     from gemma_lora.job.report import progress_bar
 
-    named = {
-        "max_new_tokens": chosen["max_new_tokens"] or MOST_NEW_TOKENS,
-        "mixed_precision": chosen["mixed_precision"],
-    }
+    named = {name: chosen[name] for name in ("max_new_tokens", "mixed_precision", "metric")}
     with progress_bar(Console(stderr=True), what, len(examples)) as advance:
         return score(loaded, examples, on_progress=advance, **named)
 
 
-def _judged(examples: list, answers: list[str]) -> list[dict[str, Any]]:
-    """A row for each example: prompt, right response, answer, and whether it is right."""
-    from gemma_lora.generation.evaluation import is_match
+def _judged(examples: list, found: Any) -> list[dict[str, Any]]:
+    """A row for each example: what the model was asked, right response, answer, and whether it is right.
 
-    rows = []
-    for line, answer in zip(examples, answers, strict=True):
-        known = {"prompt": line.prompt, "response": line.response}
-        rows.append(known | {"answer": answer, "right": is_match(answer, line.response)})
+    Where only losses were computed, the loss of the right answer in nats per token stands in the answer's place.
+    """
+    from gemma_lora.generation.matching import is_match
+    from gemma_lora.job.finetuning import shown_line
+
+    rows = [shown_line(line) for line in examples]
+    for row, answer in zip(rows, found.answers, strict=False):
+        row |= {"answer": answer, "right": is_match(answer, row["response"])}
+    for number in found.cut_lines:
+        rows[number]["cut"] = True
+    for row, (loss, tokens) in zip(rows, found.losses or [], strict=False):
+        row["loss"] = loss / tokens
     return rows
 
 

@@ -17,6 +17,7 @@ from gemma_lora.base.settings import FIELDS, Settings
 from gemma_lora.data.templates import Template
 from gemma_lora.exchange.peft import save_adapter
 from gemma_lora.generation.evaluation import Scores
+from gemma_lora.generation.metrics import score
 from gemma_lora.job import finetuning as job
 from tests.conftest import CharacterTokenizer, tiny_gemma
 
@@ -185,6 +186,11 @@ BAD = {
     "answers over the data": ("evaluate --data good.jsonl --answers ./good.jsonl", ["good.jsonl", "--answers"]),
     "scores over the data": ("evaluate --data good.jsonl --output good.jsonl", ["good.jsonl", "--output"]),
     "both in one file": ("evaluate --data good.jsonl --output a.json --answers a.json", ["a.json", "--answers"]),
+    "a picture of no classes": ("evaluate --data good.jsonl --metric exact --picture p.png", ["--picture", "exact"]),
+    "a picture of no known kind": ("evaluate --data good.jsonl --picture p.jpg", ["p.jpg", ".svg", "--picture"]),
+    "a picture over the data": ("evaluate --data good.jsonl --picture good.jsonl", ["good.jsonl", "--picture"]),
+    "a metric": ("evaluate --data good.jsonl --metric rouge", ["rouge", "classification"]),
+    "a metric that does not suit": ("evaluate --data good.jsonl --metric json", ["good.jsonl", "'b'", "'exact'"]),
     "place for scores": ("evaluate --data good.jsonl --output bad.jsonl/s.json", ["bad.jsonl/s.json", "--output"]),
     "place for a run": ("finetune --data good.jsonl --run-dir bad.jsonl/run", ["bad.jsonl/run", "--run-dir"]),
 }
@@ -333,7 +339,56 @@ def test_evaluate_writes_every_line_with_its_answer(command, small, adapter, tmp
     written = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
     rights = [True, False, True]
     more = [{"answer": answer, "right": right} for answer, right in zip(given, rights, strict=True)]
-    assert written == [row | of for row, of in zip(rows, more, strict=True)]
+    cut = [{"cut": True} if len(answer) == 6 else {} for answer in given]  # a token is a character
+    assert any(cut) and written == [row | of | was for row, of, was in zip(rows, more, cut, strict=True)]
+
+
+def test_evaluate_writes_a_chat_with_all_it_was_asked(command, small, adapter, tmp_path):
+    turns = [("system", "Be kind."), ("user", "hi"), ("assistant", "yes"), ("user", "x"), ("assistant", "no")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    path, answers = jsonl(tmp_path / "chats.jsonl", {"messages": messages}), tmp_path / "answers.jsonl"
+    arguments = ("evaluate", "--adapter", adapter, "--data", path, "--answers", answers, "--max-new-tokens", 2)
+    status, _, err = command(*arguments, "--metric", "exact")
+    assert status == 0, err
+    (row,) = map(json.loads, answers.read_text().splitlines())
+    assert (row["prompt"], row["response"]) == ("x", "no")
+    assert row["messages"] == [{"role": "user", "content": "Be kind.\n\nhi"}, *messages[2:4]]
+
+
+def test_a_classification_is_said_and_drawn(command, small, monkeypatch, tmp_path):
+    """The metric follows the lines; the picture stands beside the scores, or where it is asked for."""
+    rows = [{"prompt": str(n), "response": ["yes", "no [b]"][n % 2]} for n in range(8)]
+    path, scores = jsonl(tmp_path / "data.jsonl", *rows), tmp_path / "new" / "scores.json"
+
+    def evaluate(model, examples, metric, **named):
+        answers = ["yes"] * 6 + ["perhaps", "no [b]"]
+        return score(answers, [example.response for example in examples], metric, [True] + [False] * 7)
+
+    monkeypatch.setattr("gemma_lora.generation.evaluation.evaluate", evaluate)
+    status, out, err = command("evaluate", "--data", path, "--output", scores)
+    assert status == 0, err
+    assert "Metric: classification" in err and "--metric" in err
+    for words in ("accuracy 50.0 % of 8 (12.5 to 87.5)", "macro F1 ", "  no [b]: precision 100.0 %, recall 25.0 %"):
+        assert words in out
+    assert "(no class): lines 0, answered 1" in out and "cut off before they were done: 1 of 8" in out
+    written = json.loads(scores.read_text())
+    assert written["confusion"]["counts"] == [[3, 3], [0, 1], [1, 0]] or written["confusion"]["rows"][0] != "yes"
+    assert (tmp_path / "new" / "scores_confusion.png").read_bytes()[:4] == b"\x89PNG"
+    status, _, err = command("evaluate", "--data", path, "--picture", "here.svg", "--metric", "classification")
+    assert status == 0 and "Metric" not in err and b"<svg" in (tmp_path / "here.svg").read_bytes()
+
+
+@pytest.mark.slow
+def test_the_loss_is_said_in_nats_and_written_for_every_line(command, small, adapter, tmp_path):
+    path = jsonl(tmp_path / "data.jsonl", {"prompt": "a", "response": "bcd"}, {"prompt": "b", "response": "x"})
+    answers, scores = tmp_path / "answers.jsonl", tmp_path / "scores.json"
+    places = ("--answers", answers, "--output", scores)
+    status, out, err = command("evaluate", "--adapter", adapter, "--data", path, "--metric", "loss", *places)
+    assert status == 0, err
+    rows = [json.loads(line) for line in answers.read_text().splitlines()]
+    value = json.loads(scores.read_text())["scores"]["loss"]["value"]
+    assert value == pytest.approx((4 * rows[0]["loss"] + 2 * rows[1]["loss"]) / 6)  # with the tokens that end them
+    assert f"loss {value:.3f} of 2 (" in out and "answer" not in rows[0]
 
 
 @pytest.mark.parametrize(
@@ -394,6 +449,7 @@ def test_every_setting_is_an_option_of_finetune(command, monkeypatch, name):
 OTHER = {"quantization": "int8", "targets": "query", "dropout": "0.25", "warmup": "0.5", "evaluate_base": False}
 OTHER |= {name: True for name in ("double_quant", "rslora", "dora", "remat", "mixed_precision")}
 OTHER |= {name: True for name in ("filter_gradient", "skip_bad_lines")}
+OTHER["metric"] = "loss"
 
 
 def test_a_new_field_is_a_new_option(monkeypatch):

@@ -21,11 +21,14 @@ from typing import Any, Literal
 BUILTIN_NAME = "gemma3-270m"
 #: A Gemma block's seven linear layers, in the block's order; `"all-linear"` means all of them.
 TARGET_NAMES = ("query", "key", "value", "attention_output", "gate", "up", "down")
-#: What `max_new_tokens=None` means where no training lines say how long an answer is.
+#: What `max_new_tokens=None` means where no right answers say how long an answer is.
 MOST_NEW_TOKENS = 128
+#: What it means at least where they do.
+LEAST_NEW_TOKENS = 16
 
 Quantization = Literal["nf4", "int8", "int4", "gguf"]
 Dtype = Literal["float32", "bfloat16"]
+Metric = Literal["exact", "json", "classification", "text", "loss"]
 
 
 def _setting(default: Any, help: str, **more: Any) -> Any:
@@ -117,8 +120,13 @@ class Settings:
     base_lines: int = _setting(64, "Lines of each split that the base model answers.", min=1)
     max_new_tokens: int | None = _setting(
         None,
-        "The most tokens of an answer; by default what the training lines need, or 128 where there are none.",
+        "The most tokens of an answer; by default what the longest right answer needs, or 128 where there is none.",
         min=1,
+    )
+    metric: Metric | None = _setting(
+        None,
+        "What answers are scored by: exact, json, classification, text (chrF) or loss. "
+        "By default what suits the right answers.",
     )
     batch_size: int = _setting(64, "Prompts answered together.", min=1)
     skip_bad_lines: bool = _setting(False, "Count bad lines instead of stopping.", flag=True)

@@ -1,22 +1,18 @@
-"""Answers: batched generation with a cache, and scores of answers."""
+"""Answers: batched generation with a cache, scores of answers, how likely answers are."""
 
 from gemma_lora.base.lazy import lazy_names
 
 _MODULES: dict[str, list[str]] = {
     "engine": ["generate", "generate_tokens"],
-    "evaluation": [
-        "parse_object",
-        "is_match",
-        "exact_match",
-        "field_scores",
-        "Scores",
-        "evaluate",
-        "score",
-        "TeacherForced",
-        "teacher_forced",
-        "few_shot_template",
-        "english_text",
-        "perplexity",
-    ],
+    "matching": ["parse_object", "json_equal", "is_match", "exact_match", "field_scores"],
+    "bootstrap": ["Estimate", "PerLine", "estimates", "differences"],
+    "chrf": ["chrf_lines"],
+    "classes": ["Confusion", "confusion", "macro_f1"],
+    "metrics": ["Scores", "choose_metric", "score", "compare"],
+    "likelihood": ["AnswerLoss", "answer_losses", "TeacherForced", "teacher_forced", "english_text", "perplexity"],
+    "classify": ["classify"],
+    "worked_examples": ["few_shot_template", "separator_of"],
+    "evaluation": ["Answers", "answer", "evaluate", "tokens_needed"],
+    "callbacks": ["ScoreAfterEpoch"],
 }
 __getattr__, __dir__, __all__ = lazy_names(__name__, _MODULES)

@@ -1,271 +1,181 @@
-"""How good are the answers: exact match, generated or teacher-forced, a score a field, perplexity on unrelated text."""
+"""How good a model's answers are: it answers examples, and the answers are scored by what suits them."""
 
 from __future__ import annotations
 
-import dataclasses
-import importlib.resources
-import json
-import math
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
+from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from gemma_lora.base.files import GemmaLoraError
 from gemma_lora.base.keras_on_jax import keras
-from gemma_lora.base.settings import DEFAULTS
-from gemma_lora.data.encoding import encode
-from gemma_lora.data.formats import Example
-from gemma_lora.data.packing import Batch, pack
+from gemma_lora.base.settings import DEFAULTS, LEAST_NEW_TOKENS, MOST_NEW_TOKENS, check
+from gemma_lora.data.encoding import encode, encode_prompt
+from gemma_lora.data.formats import Example, Prompt
 from gemma_lora.data.templates import Template, template_of
-from gemma_lora.gemma.architectures import Architecture, architecture_of
-from gemma_lora.gemma.forward import packed_hidden
-from gemma_lora.gemma.weights import Weights, collect
-from gemma_lora.generation.engine import generate
-from gemma_lora.layers.loss import chunked_cross_entropy, token_scores
+from gemma_lora.generation.engine import generate_tokens
+from gemma_lora.generation.likelihood import AnswerLoss, answer_losses
+from gemma_lora.generation.likelihood import TeacherForced as TeacherForced
+from gemma_lora.generation.likelihood import english_text as english_text
+from gemma_lora.generation.likelihood import perplexity as perplexity
+from gemma_lora.generation.likelihood import teacher_forced as teacher_forced
+from gemma_lora.generation.matching import exact_match as exact_match
+from gemma_lora.generation.matching import field_scores as field_scores
+from gemma_lora.generation.matching import is_match as is_match
+from gemma_lora.generation.matching import parse_object as parse_object
+from gemma_lora.generation.metrics import Scores as Scores
+from gemma_lora.generation.metrics import loss_scores, metric_of
+from gemma_lora.generation.metrics import score as score
+from gemma_lora.generation.worked_examples import before, separator_of
+from gemma_lora.generation.worked_examples import few_shot_template as few_shot_template
 
-
-def parse_object(text: str) -> dict[str, Any] | None:
-    """The JSON object a text consists of, or None if it is anything else."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def is_match(answer: str, reference: str) -> bool:
-    """Whether an answer equals its reference: as JSON objects where the reference is one, else as text."""
-    expected = parse_object(reference)
-    return answer.strip() == reference.strip() if expected is None else parse_object(answer) == expected
-
-
-def exact_match(answers: Sequence[str], references: Sequence[str]) -> float:
-    """The share of answers that equal their reference, 0 to 1.
-
-    Args:
-        answers: Generated texts.
-        references: The right ones. A JSON object is compared field by field, order and white space aside.
-
-    Raises:
-        ValueError: If the lengths differ or are 0.
-
-    Example:
-
-    >>> exact_match(['{"a": 1,  "b": 2}', "x"], ['{"b": 2, "a": 1}', "y"])
-    0.5
-    """
-    if len(answers) != len(references) or not len(answers):
-        raise ValueError(
-            f"`answers` and `references` must be equally many, and some. Received: {len(answers)}, {len(references)}"
-        )
-    return sum(map(is_match, answers, references)) / len(answers)
-
-
-def field_scores(answers: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """For each field of the reference objects, the share of answers that have it right.
-
-    Returns:
-        `{field: share}` in the references' order; empty where the references are not objects.
-    """
-    right: dict[str, int] = {}
-    total: dict[str, int] = {}
-    for answer, reference in zip(answers, references, strict=True):
-        given = parse_object(answer) or {}
-        for field, value in (parse_object(reference) or {}).items():
-            total[field] = total.get(field, 0) + 1
-            right[field] = right.get(field, 0) + (field in given and given[field] == value)
-    return {field: right[field] / total[field] for field in total}
-
-
-@dataclasses.dataclass(frozen=True)
-class Scores:
-    """The result of `evaluate`. Shares are between 0 and 1."""
-
-    exact_match: float
-    fields: dict[str, float]
-    valid_json: float | None  # None where the references are not JSON objects
-    count: int
-    answers: list[str] = dataclasses.field(repr=False)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The numbers, without the answers."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name != "answers"}
+_ANY_LENGTH = 1 << 30
 
 
 def evaluate(
     model: keras.Model,
     examples: Sequence[Example],
     template: Template | None = None,
-    max_new_tokens: int = 128,
+    max_new_tokens: int | None = DEFAULTS.max_new_tokens,
     batch_size: int = DEFAULTS.batch_size,
     on_progress: Callable[[int, int], None] | None = None,
     mixed_precision: bool | None = DEFAULTS.mixed_precision,
+    metric: str | None = DEFAULTS.metric,
+    shots: Sequence[Example] = (),
 ) -> Scores:
     """Answers every example greedily, a chat with all turns before its last answer, and scores the answers.
+
+    | metric | scores, each with a 95 % interval |
+    |---|---|
+    | `exact` | exact match |
+    | `json` | exact match, valid JSON, each field's share |
+    | `classification` | accuracy, macro F1; precision, recall, F1 per class and the confusion matrix |
+    | `text` | chrF by sacrebleu, exact match |
+    | `loss` | the right answers' mean loss in nats per token; nothing is generated |
 
     Args:
         model: A KerasHub Gemma, with an adapter or without.
         examples: Examples whose responses are the references.
         template: The text around a prompt; see `generate`.
-        max_new_tokens, batch_size, on_progress, mixed_precision: See `generate`.
+        max_new_tokens: Integer, the most tokens of an answer; by default what the longest reference needs. `cut` in
+            the result counts the answers that were not done then.
+        batch_size, on_progress, mixed_precision: See `generate`.
+        metric: One of the above; by default the one that suits the references, see `choose_metric`.
+        shots: Worked examples to show before each prompt, for a model that was not tuned. Not with `loss`.
 
     Returns:
         `Scores`.
+
+    Raises:
+        GemmaLoraError: If there are no examples, or the metric does not suit them or needs a package that is missing.
+        ValueError: If an argument is not as above.
+
+    Example:
+
+    >>> evaluate(model, dataset.tests["test"]).scores["accuracy"]    # doctest: +SKIP
+    Estimate(value=0.917, low=0.85, high=0.983)
     """
     if not examples:
         raise GemmaLoraError("There are no examples to evaluate on.")
-    answers = generate(model, list(examples), template, max_new_tokens, batch_size, on_progress, mixed_precision)
-    return score(answers, [example.response for example in examples])
-
-
-def score(answers: Sequence[str], references: Sequence[str]) -> Scores:
-    """The `Scores` of answers that are there already.
-
-    Args:
-        answers: Generated texts.
-        references: The right ones, as many.
-    """
-    objects = [reference for reference in references if parse_object(reference) is not None]
-    parsed = [parse_object(answer) is not None for answer in answers]
-    return Scores(
-        exact_match=exact_match(answers, references),
-        fields=field_scores(answers, references),
-        valid_json=sum(parsed) / len(parsed) if len(objects) == len(references) else None,
-        count=len(answers),
-        answers=list(answers),
+    references = [example.response for example in examples]
+    chosen = metric_of(metric, references)  # what cannot be computed is said before the slow work
+    if chosen == "loss":
+        found = reference_losses(model, examples, template)
+        if on_progress is not None:
+            on_progress(len(examples), len(examples))
+        return loss_scores([(line.loss, line.tokens) for line in found], [line.likeliest for line in found])
+    if max_new_tokens is None:
+        max_new_tokens = tokens_needed(examples, model.preprocessor.tokenizer, template_of(model, template))
+    given = answer(
+        model, list(examples), template, max_new_tokens, batch_size, on_progress, mixed_precision, shots=shots
     )
+    return score(given.texts, references, chosen, given.cut)
 
 
-@dataclasses.dataclass(frozen=True)
-class TeacherForced:
-    """The result of `teacher_forced`: loss in nats a token, share of whole answers, and how many examples."""
+class Answers(NamedTuple):
+    """Answers in the prompts' order, and for each whether it was not done when `max_new_tokens` were made."""
 
-    loss: float
-    exact_match: float
-    count: int
+    texts: list[str]
+    cut: list[bool]
 
 
-def teacher_forced(
-    model: keras.Model, examples: Sequence[Example], template: Template | None, row_length: int = DEFAULTS.row_length
-) -> TeacherForced:
-    """Scores responses without generating: each of their tokens is predicted from the right tokens before it.
-
-    An example counts as a match if every token of its response is the likeliest one. Greedy generation of a response
-    goes wrong at its first wrong token, so that is the share of responses it would write to the letter, at the cost of
-    one forward pass.
-
-    Args:
-        model: A KerasHub Gemma, with an adapter or without.
-        examples: Examples whose responses are the references.
-        template: The text around a prompt and a response, as in training.
-        row_length: Integer, tokens of a packed row; the longest example must fit.
-
-    Returns:
-        `TeacherForced`.
-    """
-    if not examples:
-        raise GemmaLoraError("There are no examples to evaluate on.")
-    encoded = encode(examples, model.preprocessor.tokenizer, template_of(model, template), row_length)
-    alone = pack(encoded.tokens, encoded.loss_mask, 1, row_length)
-    rows = _as_equal(len(alone), _ROWS)
-    batches = [_stacked(alone[start : start + rows], rows) for start in range(0, len(alone), rows)]
-    answers = [np.flatnonzero(weights) for _, _, _, weights in batches]
-    most = max(map(len, answers))  # one shape, so that XLA compiles once
-    architecture, weights = architecture_of(model.backbone), collect(model)
-    losses, whole = [], []
-    for (token_ids, segment_ids, targets, _), answer in zip(batches, answers, strict=True):
-        places = np.pad(answer, (0, most - len(answer)))
-        found = _scores_at(architecture, weights, token_ids, segment_ids, places, targets.flat[places])
-        loss, right = (np.asarray(part)[: len(answer)] for part in found)
-        losses.append(loss)
-        example = segment_ids.flat[answer] + row_length * (answer // row_length)  # a number of its own in each row
-        whole += [bool(right[example == number].all()) for number in np.unique(example)]
-    return TeacherForced(float(np.concatenate(losses).mean()), sum(whole) / len(whole), len(whole))
-
-
-@partial(jax.jit, static_argnames=("architecture",))
-def _scores_at(architecture: Architecture, weights: Weights, token_ids, segment_ids, places, targets):
-    """Losses and whether they are the likeliest, of the targets at some places of packed rows: (P,) each."""
-    hidden = packed_hidden(architecture, weights, token_ids, segment_ids)
-    hidden = hidden.reshape(-1, hidden.shape[-1])[places]  # (P, D)
-    return token_scores(hidden, weights.head, targets, soft_cap=architecture.logit_soft_cap)
-
-
-@partial(jax.jit, static_argnames=("architecture",))
-def _mean_loss(architecture: Architecture, weights: Weights, token_ids, targets, counted):
-    """Mean loss of the tokens that count, in rows of one text each."""
-    hidden = packed_hidden(architecture, weights, token_ids, counted > 0)
-    return chunked_cross_entropy(hidden, weights.head, targets, counted, soft_cap=architecture.logit_soft_cap)
-
-
-_ROWS = 4  # rows that are scored together: packed kernels are decoded once for all of them
-
-
-def _as_equal(count: int, most: int) -> int:
-    """The size of groups of at most `most` that hold `count` things with as few empty places as can be."""
-    return -(-count // -(-count // most))
-
-
-def _stacked(batches: list[Batch], rows: int) -> list[np.ndarray]:
-    """Token ids, segment ids, targets and weights of batches of one row, (rows, T), filled up with zeros."""
-    fields = ("token_ids", "segment_ids", "targets", "weights")
-    stacks = [np.concatenate([getattr(batch, field) for batch in batches]) for field in fields]
-    return [np.pad(stack, ((0, rows - len(batches)), (0, 0))) for stack in stacks]
-
-
-def few_shot_template(template: Template, examples: Sequence[Example]) -> Template:
-    """A template that shows worked examples before the question: a fair chance for a model that was not tuned.
+def answer(
+    model: keras.Model,
+    prompts: Sequence[Prompt],
+    template: Template | None = None,
+    max_new_tokens: int = MOST_NEW_TOKENS,
+    batch_size: int = DEFAULTS.batch_size,
+    on_progress: Callable[[int, int], None] | None = None,
+    mixed_precision: bool | None = DEFAULTS.mixed_precision,
+    shots: Sequence[Example] = (),
+    separator: str | None = None,
+) -> Answers:
+    """Answers prompts as `generate` does, says which answers were cut off, and may show worked examples first.
 
     Args:
-        template: The task's template.
-        examples: The examples to show, in this order.
-
-    Returns:
-        A `Template` whose answers also end at a line's end.
+        model, max_new_tokens, batch_size, on_progress, mixed_precision: See `generate`.
+        prompts: A list of what `generate` takes.
+        template: The text around a prompt; see `generate`.
+        shots: Worked examples; a chat is shown with all its turns.
+        separator: Text that ends an answer, and stands between worked examples; by default none, or where examples are
+            shown the plainest that occurs in none of their answers, see `separator_of`.
     """
-    shown = []
-    for example in examples:
-        prompt = template.prompt.replace("{prompt}", example.prompt)
-        response = template.response.replace("{response}", example.response)
-        for token in template.stop:
-            response = response.replace(token, "")
-        shown.append(f"{prompt}{response}\n")
-    return dataclasses.replace(template, prompt="".join(shown) + template.prompt, stop=(*template.stop, "\n"))
+    check(max_new_tokens=max_new_tokens, batch_size=batch_size)
+    template, tokenizer = template_of(model, template), model.preprocessor.tokenizer
+    stops = {int(tokenizer.token_to_id(token)) for token in (*template.stop, "<eos>")}
+    between = "\n"
+    if shots and not separator:
+        separator = separator_of([shot.response for shot in shots], template)
+    if separator:
+        # Where a control token ends an answer, turns follow each other as in a chat.
+        between = "\n" if template.response.endswith(_turn_ends(template)) else separator
+        ids = list(map(int, np.reshape(tokenizer.tokenize(separator), -1)))
+        stops |= set(ids if len(ids) == 1 and separator not in template.response else ())
+    asked = [np.asarray(encode_prompt(p, tokenizer, template, shots, between), np.int32) for p in prompts]
+    rows = generate_tokens(model, asked, sorted(stops), max_new_tokens, batch_size, on_progress, mixed_precision)
+    texts, cut = [], []
+    for row in rows:
+        text = tokenizer.detokenize([int(i) for i in row]) if len(row) else ""
+        text, ended = before(separator, text) if separator else (text, False)
+        texts.append(text.strip())
+        cut.append(len(row) >= max_new_tokens and not ended)
+    return Answers(texts, cut)
 
 
-def english_text() -> str:
-    """About a thousand words of plain English prose, written for this project, on nothing in particular."""
-    return (importlib.resources.files("gemma_lora.generation") / "english.txt").read_text(encoding="utf-8")
+def _turn_ends(template: Template) -> tuple[str, ...]:
+    return tuple(token for token in template.stop if token != "<eos>")
 
 
-def perplexity(model: keras.Model, text: str, window: int = 256) -> float:
-    """exp of the mean negative log-likelihood of a text's tokens, in windows that each begin with `<bos>`.
+def tokens_needed(
+    examples: Sequence[Example], tokenizer, template: Template, learned: Sequence[np.ndarray] = ()
+) -> int:
+    """What `max_new_tokens` must be for these examples' answers: a quarter more than the longest one, at least 16.
 
     Args:
-        model: A KerasHub Gemma, with an adapter or without.
-        text: The text.
-        window: Integer, tokens that are predicted from one another; a last, shorter window counts too.
-
-    Returns:
-        The perplexity, at least 1.
+        examples: Examples; of a chat, the last answer counts.
+        tokenizer, template: As in `encode`.
+        learned: Loss masks of training lines, whose last answers count too.
     """
-    tokenizer = model.preprocessor.tokenizer
-    ids = np.asarray(tokenizer.tokenize(text), np.int32)
-    if not len(ids):
-        raise ValueError("`text` must hold at least one token.")
-    rows = -(-len(ids) // window)
-    targets = np.zeros((rows, window), np.int32)
-    targets.flat[: len(ids)] = ids
-    counted = (np.arange(rows * window) < len(ids)).astype(np.float32).reshape(rows, window)
-    starts = np.full((rows, 1), tokenizer.token_to_id("<bos>"), np.int32)
-    token_ids = np.concatenate([starts, targets[:, :-1]], axis=1)
-    total = 0.0
-    architecture, model_weights = architecture_of(model.backbone), collect(model)
-    for row in range(rows):
-        here = slice(row, row + 1)
-        loss = _mean_loss(architecture, model_weights, token_ids[here], targets[here], counted[here])
-        total += float(loss) * float(counted[row].sum())
-    return math.exp(total / len(ids))
+    lengths = [len(tokens) for tokens in response_tokens(examples, tokenizer, template)]
+    lengths += [int(np.argmin([*mask[::-1], False])) for mask in learned]  # of a chat, the mask's last stretch
+    longest = max(lengths, default=0)
+    return max(LEAST_NEW_TOKENS, longest + longest // 4 + 1)
+
+
+def response_tokens(examples: Sequence[Example], tokenizer, template: Template) -> list[np.ndarray]:
+    """The tokens of each example's last answer, with the one that ends it if the template has one."""
+    alone = [Example("", example.response, example.file, example.line) for example in examples]
+    if not alone:
+        return []
+    encoded = encode(alone, tokenizer, template, _ANY_LENGTH)
+    return [ids[mask] for ids, mask in zip(encoded.tokens, encoded.loss_mask, strict=True)]
+
+
+def reference_losses(
+    model: keras.Model, examples: Sequence[Example], template: Template | None = None
+) -> list[AnswerLoss]:
+    """How likely the model finds each example's right answer, of a chat the last one; see `answer_losses`."""
+    template, tokenizer = template_of(model, template), model.preprocessor.tokenizer
+    asked = [np.asarray(encode_prompt(example, tokenizer, template), np.int32) for example in examples]
+    answers = [[tokens] for tokens in response_tokens(examples, tokenizer, template)]
+    return [line for (line,) in answer_losses(model, asked, answers)]

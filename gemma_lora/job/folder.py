@@ -26,6 +26,7 @@ RUN_FILES = (
     "metrics.json",
     "answers.jsonl",
     "loss.png",
+    "confusion.png",
 )
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "template.json")
 
@@ -122,20 +123,24 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def stored_rows(run_dir: Path) -> list[dict[str, str]]:
+def stored_rows(run_dir: Path) -> list[dict[str, Any]]:
     """The rows of a finished run's `answers.jsonl`; none if the file is gone."""
     path = run_dir / "answers.jsonl"
-    # Not `splitlines`: an answer may hold U+2028, at which that would cut it.
-    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
-    return [json.loads(line) for line in lines if line]
+    if not path.exists():
+        return []
+    # Only "\n" ends a line: an answer may hold U+2028, which `splitlines` takes for an end too.
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
-def write_run(run_dir: Path, metrics: dict[str, Any], losses: list[float], rows: list[dict[str, str]]) -> None:
-    """Writes answers, the loss's picture and, last, the metrics, which say that the run is finished."""
-    from gemma_lora.plots import loss_curve, save_figure
+def write_run(run_dir: Path, metrics: dict[str, Any], losses: list[float], rows: list[dict[str, Any]]) -> None:
+    """Writes answers, the pictures and, last, the metrics, which say that the run is finished."""
+    from gemma_lora.plots import confusion_matrices, loss_curve, save_figure
 
     write_jsonl_atomic(run_dir / "answers.jsonl", rows)
     save_figure(loss_curve(losses), run_dir / "loss.png")
+    tables = {name: scores["confusion"] for name, scores in metrics["after"].items() if scores.get("confusion")}
+    if tables:
+        save_figure(confusion_matrices(tables), run_dir / "confusion.png")
     write_json_atomic(run_dir / "metrics.json", metrics)
 
 

@@ -33,27 +33,50 @@ class progress_bar:
 
 
 def report_table(metrics: dict[str, Any]) -> Table:
-    """The before/after table of a run's metrics."""
+    """The before/after table of a run's metrics, with 95 % intervals."""
     counts = ", ".join(str(n) for n in sorted({scores["count"] for scores in metrics["before"].values()}))
-    caption = (
-        f"before: the base model with worked examples in its prompt, on the first {counts} lines" if counts else None
-    )
-    table = Table(title="Before and after fine-tuning", caption=caption)
+    notes = [f"before: the base model with worked examples in its prompt, on the first {counts} lines"] * bool(counts)
+    if any(scores.get("scores") for scores in metrics["after"].values()):
+        notes.append("in brackets: 95 % intervals over the lines; change: on the lines that both answered")
+    table = Table(title="Before and after fine-tuning", caption="\n".join(notes) or None)
     table.add_column("split")
     table.add_column("score")
-    table.add_column("before", justify="right")
-    table.add_column("after", justify="right")
+    for column in ("before", "after", "change"):
+        table.add_column(column, justify="right")
     for name, after in metrics["after"].items():
-        before = metrics["before"].get(name, {})
-        table.add_row(_plain(name), "exact match", _percent(before.get("exact_match")), _percent(after["exact_match"]))
-        for field, value in after["fields"].items():
-            table.add_row("", _plain(field), _percent(before.get("fields", {}).get(field)), _percent(value))
+        before, change = metrics["before"].get(name, {}), metrics.get("difference", {}).get(name, {})
+        for number, (score, value) in enumerate(_scores(after).items()):
+            cells = (_cell(score, _scores(before).get(score)), _cell(score, value), _change(score, change.get(score)))
+            table.add_row(_plain("" if number else name), _plain(score.removeprefix("field ")), *cells)
+        cut = after.get("cut", 0)
+        if cut or before.get("cut", 0):
+            table.add_row("", "answers cut off", str(before.get("cut", "–")), str(cut), "")
     english = metrics["english_perplexity"]
-    table.add_row("English text", "perplexity", f"{english['before']:.2f}", f"{english['after']:.2f}")
+    table.add_row("English text", "perplexity", f"{english['before']:.2f}", f"{english['after']:.2f}", "")
     return table
 
 
-def answers_table(name: str, rows: list[dict[str, str]]) -> Table:
+def _scores(scores: dict[str, Any]) -> dict[str, Any]:
+    """A split's scores by name; those of a run from before there were intervals have none."""
+    if not scores or scores.get("scores"):
+        return scores.get("scores", {})
+    shares = {"exact match": scores["exact_match"], **{f"field {name}": v for name, v in scores["fields"].items()}}
+    return {name: {"value": value} for name, value in shares.items()}
+
+
+def classes_table(name: str, classes: dict[str, dict[str, float]]) -> Table:
+    """Precision, recall and F1 of each class of a split, and how many answers were none."""
+    table = Table(title=_plain(f"Classes of {name}, after"))
+    table.add_column("class")
+    for column in ("precision", "recall", "F1", "lines", "answered so"):
+        table.add_column(column, justify="right")
+    for label, scores in classes.items():
+        shares = (_percent(scores.get(of)) for of in ("precision", "recall", "f1"))
+        table.add_row(_plain(label), *shares, str(scores["count"] or "–"), str(scores["answered"]))
+    return table
+
+
+def answers_table(name: str, rows: list[dict[str, Any]]) -> Table:
     """The first five lines of a split with the answers before and after, side by side."""
     table = Table(title=_plain(f"Five lines of {name}, side by side"), show_lines=True)
     for column in ("line", "before", "after", "right answer"):
@@ -63,13 +86,50 @@ def answers_table(name: str, rows: list[dict[str, str]]) -> Table:
     return table
 
 
-def show_report(console: Console, run_dir: Path, metrics: dict[str, Any], rows: list[dict[str, str]]) -> None:
-    """Shows a finished run: both tables, its time and memory, and what lies in its folder."""
+def show_report(console: Console, run_dir: Path, metrics: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Shows a finished run: its tables, what speaks against it, its time and memory, and what lies in its folder."""
     console.print(report_table(metrics))
+    for name, scores in metrics["after"].items():
+        if scores.get("classes"):
+            console.print(classes_table(name, scores["classes"]))
     console.print(answers_table(next(iter(metrics["after"])), rows))
+    for sentence in metrics.get("warnings", []):
+        console.print(Text.assemble(("Warning: ", "bold yellow"), sentence), highlight=False)
     minutes, gigabytes = metrics["seconds"] / 60, metrics["peak_memory_bytes"] / 1e9
     console.print(f"{minutes:.1f} minutes, peak memory {gigabytes:.1f} GB. In {escape(os.fspath(run_dir))}/:")
-    console.print("  adapter/ (PEFT), metrics.json, settings.json, answers.jsonl, training.jsonl, loss.png")
+    pictures = "loss.png" + (", confusion.png" if (run_dir / "confusion.png").exists() else "")
+    console.print(f"  adapter/ (PEFT), metrics.json, settings.json, answers.jsonl, training.jsonl, {pictures}")
+
+
+#: Scores that are no shares, and so are shown as they are.
+_NO_SHARES = ("chrF", "loss")
+
+
+def shown_score(score: str, value: float) -> str:
+    """A score as it is shown: a share in percent, chrF and a loss as they are."""
+    if score not in _NO_SHARES:
+        return _percent(value)
+    return f"{value:.1f}" if score == "chrF" else f"{value:.3f}"
+
+
+def shown_interval(score: str, found: dict[str, float]) -> str:
+    """The ends of a score's interval, in its unit; empty where there is none."""
+    if "low" not in found:
+        return ""
+    low, high = (shown_score(score, found[end]).removesuffix(" %") for end in ("low", "high"))
+    return f"({low} to {high})"
+
+
+def _cell(score: str, found: dict[str, float] | None) -> str:
+    return "–" if found is None else f"{shown_score(score, found['value'])} {shown_interval(score, found)}".rstrip()
+
+
+def _change(score: str, found: dict[str, float] | None) -> str:
+    if found is None:
+        return "–"
+    scale, digits = (1, 3 if score == "loss" else 1) if score in _NO_SHARES else (100, 1)
+    value, low, high = (f"{scale * found[end]:+.{digits}f}" for end in ("value", "low", "high"))
+    return f"{value} ({low} to {high})"
 
 
 def _percent(value: float | None) -> str:

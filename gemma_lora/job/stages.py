@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,11 @@ from gemma_lora.data.formats import Example
 from gemma_lora.data.templates import template_of, template_reason
 from gemma_lora.exchange.peft import save_adapter
 from gemma_lora.gemma.load import BUILTIN_NAME, BUILTIN_NOTE, load_gemma
-from gemma_lora.generation.engine import generate
-from gemma_lora.generation.evaluation import Scores, english_text, few_shot_template, perplexity, score
+from gemma_lora.generation.classes import classes_of
+from gemma_lora.generation.evaluation import answer, reference_losses, tokens_needed
+from gemma_lora.generation.likelihood import english_text, perplexity
+from gemma_lora.generation.metrics import Scores, score
+from gemma_lora.generation.worked_examples import separator_of
 from gemma_lora.job.folder import read_json
 from gemma_lora.job.report import progress_bar
 from gemma_lora.lora.apply import apply_lora
@@ -68,7 +72,9 @@ def encode_lines(dataset: Dataset, model, settings: Settings, console: Console) 
     return encoded
 
 
-def choose(settings: Settings, encoded: Encoded, console: Console) -> tuple[Settings, dict[str, Any]]:
+def choose(
+    settings: Settings, encoded: Encoded, dataset: Dataset, model, console: Console
+) -> tuple[Settings, dict[str, Any]]:
     """What the settings leave open and this job decides.
 
     Returns:
@@ -85,9 +91,11 @@ def choose(settings: Settings, encoded: Encoded, console: Console) -> tuple[Sett
     for name in ("mixed_precision", "filter_gradient"):
         if getattr(settings, name) is None:
             chosen[name] = getattr(precision, name)
-    if settings.max_new_tokens is None:  # a quarter more than the longest answer of train
-        longest = max(int(mask.sum()) for mask in encoded.loss_mask)
-        chosen["max_new_tokens"] = longest + longest // 4 + 1
+    if settings.max_new_tokens is None:  # what is answered may need more than what is learned
+        asked = [line for split in dataset.tests.values() for line in split] or dataset.validation
+        template = template_of(model, dataset.template)
+        need = tokens_needed(asked, model.preprocessor.tokenizer, template, encoded.loss_mask)
+        chosen["max_new_tokens"] = need
     return dataclasses.replace(settings, **chosen), chosen
 
 
@@ -99,18 +107,41 @@ def answers_before(
     if path.exists():
         stored = read_json(path)
         console.print("[dim]The base model's answers are from before.json.[/]")
-        return {name: Scores(**scores) for name, scores in stored["scores"].items()}, stored["english_perplexity"]
+        labels = class_names(dataset, settings.metric)
+        again = {
+            name: _scored_again(tests[name], settings.metric, labels, **scores)
+            for name, scores in stored["scores"].items()
+        }
+        return again, stored["english_perplexity"]
     scores: dict[str, Scores] = {}
     if settings.evaluate_base:
-        shown = few_shot_template(template_of(model, dataset.template), dataset.train[: settings.shots])
         # What the base cannot do is seen on fewer lines, too; `count` in the scores says on how many.
         main = {name: examples for name, examples in tests.items() if name in BASE_SPLITS} or tests
         main = {name: examples[: settings.base_lines] for name, examples in main.items()}
-        scores = answer_all(model, main, shown, settings, console, f"base, {settings.shots} examples shown")
+        what = f"base, {settings.shots} examples shown"
+        scores = answer_all(model, main, dataset, settings, console, what, dataset.train[: settings.shots])
     english = perplexity(model, english_text())
     stored_scores = {name: dataclasses.asdict(value) for name, value in scores.items()}
     write_json_atomic(path, {"scores": stored_scores, "english_perplexity": english})
     return scores, english
+
+
+def class_names(dataset: Dataset, metric: str | None) -> list[str]:
+    """The classes of all lines: one that is right for none of a small split's lines is a class all the same."""
+    if metric != "classification":
+        return []
+    splits = [dataset.train, dataset.validation, *dataset.tests.values()]
+    return classes_of([line.response for split in splits for line in split])
+
+
+def _scored_again(
+    split: list[Example], metric: str | None, labels: list[str], answers: list[str], **stored: Any
+) -> Scores:
+    """The scores of stored answers. Answers are what took time; scores may have been of another version's form."""
+    references = [example.response for example in split[: len(answers)]]
+    cut = set(stored.get("cut_lines", ()))
+    kept = [number in cut for number in range(len(answers))]
+    return score(answers, references, metric, kept, stored.get("losses"), labels)
 
 
 def train(model, dataset: Dataset, settings: Settings) -> tuple[list[dict[str, Any]], float]:
@@ -129,11 +160,29 @@ def train(model, dataset: Dataset, settings: Settings) -> tuple[list[dict[str, A
     return (tuner.log.rows if tuner.log else []), seconds
 
 
-def answer_all(model, tests: Splits, template, settings: Settings, console: Console, what: str) -> dict[str, Scores]:
-    """Scores of every split. All are answered in one call: batches are full, and XLA compiles once."""
+def answer_all(
+    model,
+    tests: Splits,
+    dataset: Dataset,
+    settings: Settings,
+    console: Console,
+    what: str,
+    shots: Sequence[Example] | None = None,
+) -> dict[str, Scores]:
+    """Scores of every split. All are answered in one call: batches are full, and XLA compiles once.
+
+    Args:
+        model, dataset, settings, console: The job's.
+        tests: What is answered.
+        what: What the progress bar says.
+        shots: Worked examples to show a model that was not tuned, or none of them; None for one that was.
+    """
     examples = [example for split in tests.values() for example in split]
+    template = template_of(model, dataset.template)
+    # An answer ends where the next example would begin: at text that no answer of the task holds.
+    separator = separator_of([line.response for line in dataset.train], template) if shots is not None else None
     with progress_bar(console, f"{', '.join(tests)}: {what}", len(examples)) as advance:
-        answers = generate(
+        given = answer(
             model,
             examples,
             template,
@@ -141,11 +190,19 @@ def answer_all(model, tests: Splits, template, settings: Settings, console: Cons
             batch_size=settings.batch_size,
             on_progress=advance,
             mixed_precision=settings.mixed_precision,
+            shots=shots or (),
+            separator=separator,
         )
+    losses = None
+    if settings.metric == "loss":
+        losses = [(line.loss, line.tokens) for line in reference_losses(model, examples, template)]
+    labels = class_names(dataset, settings.metric)
     scores, start = {}, 0
     for name, split in tests.items():
+        here = slice(start, start + len(split))
         references = [example.response for example in split]
-        scores[name] = score(answers[start : start + len(split)], references)
+        some = None if losses is None else losses[here]
+        scores[name] = score(given.texts[here], references, settings.metric, given.cut[here], some, labels)
         start += len(split)
     return scores
 

@@ -55,6 +55,10 @@ _MODULES: dict[str, list[str]] = {
         "paired_losses",
         "value_rows",
     ],
+    "scores": [
+        "confusion_matrices",
+        "confusion_matrix",
+    ],
     "sliders": [
         "explore",
     ],

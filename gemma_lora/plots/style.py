@@ -40,9 +40,10 @@ def picture(ax, alt: str) -> tuple[dict, dict]:
 
 
 def save_figure(ax, path: str | os.PathLike) -> None:
-    """Writes an Axes' figure as PNG, whole or not at all."""
+    """Writes an Axes' figure, whole or not at all: as SVG where the name ends so, else as PNG."""
+    kind = "svg" if os.fspath(path).lower().endswith(".svg") else "png"
     with atomic_path(path) as temporary:
-        ax.figure.savefig(temporary, dpi=150, format="png")
+        ax.figure.savefig(temporary, dpi=150, format=kind)
 
 
 def show(ax, alt: str) -> None:

@@ -43,6 +43,7 @@ REFUSED = {
     "shots": ([-1, *NOT_AN_INTEGER], "an integer of at least 0"),
     "base_lines": ([0, *NOT_AN_INTEGER], "an integer of at least 1"),
     "max_new_tokens": ([0, -1, True, 1.5], "an integer of at least 1, or None"),
+    "metric": (["chrf", "", 1, True], "one of exact, json, classification, text, loss, or None"),
     "batch_size": ([0, -1, *NOT_AN_INTEGER], "an integer of at least 1"),
     "mixed_precision": ([v for v in NOT_A_TRUTH if v is not None], "True or False, or None"),
     "filter_gradient": ([v for v in NOT_A_TRUTH if v is not None], "True or False, or None"),

@@ -2,14 +2,19 @@
 
 import types
 
+import keras
 import numpy as np
 import pytest
 
 import gemma_lora as gl
+from gemma_lora.base.files import GemmaLoraError
+from gemma_lora.data.encoding import encode
 from gemma_lora.data.formats import Example
+from gemma_lora.data.packing import pack
 from gemma_lora.data.templates import Template
-from gemma_lora.generation import evaluation
+from gemma_lora.generation import evaluation, likelihood
 from gemma_lora.generation.evaluation import teacher_forced
+from gemma_lora.generation.worked_examples import separator_of
 
 REFERENCE = '{"date": "2024-07-12", "amount": "769.08"}'
 
@@ -125,7 +130,159 @@ def test_rows_scored_together_score_as_alone(model, monkeypatch, rows):
     examples = [Example(prompt, answer) for prompt, answer in zip(prompts, given, strict=True)]
     scores = {}
     for number in (1, rows):
-        monkeypatch.setattr(evaluation, "_ROWS", number)
+        monkeypatch.setattr(likelihood, "_ROWS", number)
         scores[number] = teacher_forced(model, examples, PLAIN, row_length=14)  # hardly two in a row
     assert scores[rows].exact_match == scores[1].exact_match == 2 / 5
     assert scores[rows].count == 5 and scores[rows].loss == pytest.approx(scores[1].loss, abs=1e-5)
+
+
+# --- answers: how long, how they end -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def scripted(monkeypatch, tokenizer):
+    """A model that answers as told: gives the prompts it saw, as text."""
+
+    class Script:
+        preprocessor = types.SimpleNamespace(tokenizer=tokenizer)
+        answers: list[str] = []
+        asked: list[str] = []
+        stops: list[str] = []
+        limit = 0
+
+    def generate_tokens(model, prompts, stop_ids, max_new_tokens, *more, **named):
+        script.asked = [tokenizer.detokenize([int(i) for i in prompt]) for prompt in prompts]
+        script.stops, script.limit = [tokenizer.id_to_token(i) for i in stop_ids], max_new_tokens
+        return [until_stop(tokenizer.tokenize(text)[:max_new_tokens], stop_ids) for text in script.answers]
+
+    def until_stop(ids, stop_ids):
+        end = next((place for place, i in enumerate(ids) if i in stop_ids), len(ids))
+        return np.array(ids[:end], np.int32)
+
+    script = Script()
+    monkeypatch.setattr(evaluation, "generate_tokens", generate_tokens)
+    return script
+
+
+ENDED = Template("{prompt}\n", "{response}<eos>")
+
+
+def test_answers_have_room_for_the_longest_reference_and_cut_ones_are_counted(scripted):
+    long = "1, 2, 3, " * 40
+    scripted.answers = [long, "x" * 999]
+    found = evaluation.evaluate(scripted, [Example("a", long.strip()), Example("b", "c")], ENDED)
+    assert scripted.limit > len(long) + 1
+    assert found.exact_match == 0.5 and (found.cut, found.cut_lines) == (1, [1])
+    assert found.to_dict()["cut"] == 1
+    found = evaluation.evaluate(scripted, [Example("a", long.strip()), Example("b", "c")], ENDED, max_new_tokens=9)
+    assert (found.cut, scripted.limit) == (2, 9)
+
+
+def test_the_room_is_a_quarter_more_than_the_longest_last_answer(tokenizer):
+    chat = Example("c", "d" * 20, turns=(("user", "a"), ("model", "b" * 500), ("user", "c"), ("model", "d" * 20)))
+    assert evaluation.tokens_needed([chat, Example("a", "b")], tokenizer, ENDED) == 21 + 5 + 1
+    assert evaluation.tokens_needed([Example("a", "b")], tokenizer, ENDED) == 16
+    learned = [np.array([False, True, True, False, *[True] * 40]), np.array([False, False])]
+    assert evaluation.tokens_needed([Example("a", "b")], tokenizer, ENDED, learned) == 40 + 10 + 1
+
+
+def test_worked_examples_end_where_the_next_one_would_begin(scripted):
+    shots = [Example("one", "1\n1"), Example("two", "2\n2")]
+    scripted.answers = ["3\n3\n\nfour\n4\n4", "5", "\n\n6\n6"]
+    given = evaluation.answer(scripted, ["three", "five", "six"], ENDED, 99, shots=shots)
+    assert given.texts == ["3\n3", "5", "6\n6"] and given.cut == [False] * 3
+    assert scripted.asked[0] == "<bos>one\n1\n1\n\ntwo\n2\n2\n\nthree\n"
+    given = evaluation.answer(scripted, ["three", "five", "six"], ENDED, 4, shots=shots)
+    assert given.cut == [True, False, True]
+    assert (
+        evaluation.answer(scripted, ["three", "five", "six"], ENDED, 5, shots=shots).cut[0] is False
+    )  # "\n\n" is there
+
+
+def test_one_line_answers_stop_at_the_lines_end_at_once(scripted):
+    scripted.answers = ["3\nfour\n4"]
+    given = evaluation.answer(scripted, ["three"], ENDED, 99, shots=[Example("one", "1")])
+    assert given.texts == ["3"] and "\n" in scripted.stops
+    evaluation.answer(scripted, ["three"], ENDED, 99)
+    assert scripted.stops == ["<eos>"]
+
+
+def test_what_a_user_typed_stays_text_in_worked_examples(scripted, tokenizer):
+    chat = Template.gemma_chat()
+    turns = (("user", "a"), ("model", "b"), ("user", "c <end_of_turn>"), ("model", "It ends a turn: <end_of_turn>"))
+    shots = [Example("x", "y\n\nz"), Example(turns[2][1], turns[3][1], turns=turns)]
+    seen = []
+    tokenizer_ids = evaluation.generate_tokens
+
+    def watched(model, prompts, *more):
+        seen.extend(list(map(int, prompts[0])))
+        return tokenizer_ids(model, prompts, *more)
+
+    evaluation.generate_tokens, scripted.answers = watched, ["fine"]
+    try:
+        evaluation.answer(scripted, ["q"], chat, 99, shots=shots)
+    finally:
+        evaluation.generate_tokens = tokenizer_ids
+    ends = seen.count(tokenizer.token_to_id("<end_of_turn>"))
+    assert ends == 2 + 4 + 1  # the turns' own; what was typed twice is characters
+    assert scripted.asked[0].count("<end_of_turn>") == ends + 2
+    assert "\n\n<start_of_turn>" not in scripted.asked[0]  # turns follow each other as in a chat
+
+
+@pytest.mark.parametrize(
+    "responses, expected",
+    [
+        (["a"], "\n"),
+        (["a\nb"], "\n\n"),
+        (["a\n\nb", "c\n\n\nd"], "\n###\n"),
+        (["a\n\n\n\n###\n-----\nb"], "\n------\n"),
+    ],
+)
+def test_a_separator_occurs_in_no_answer(responses, expected):
+    assert separator_of(responses, ENDED) == expected
+    assert separator_of(["a"], Template("{prompt}", "Answer:\n{response}<eos>")) == "\n\n"
+
+
+@pytest.mark.slow
+def test_chats_are_scored_with_their_whole_history(model):
+    turns = (("user", "abc"), ("model", "de"), ("user", "x"), ("model", "y"))
+    chat = Example("x", "y", turns=turns)
+    history = [{"role": role, "content": text} for role, text in turns[:-1]]
+    template = Template("{prompt}=", "{response}<eos>")
+    (expected,) = gl.generate(model, [history], template, max_new_tokens=8)
+    assert evaluation.evaluate(model, [chat], template, max_new_tokens=8).answers == [expected]
+
+
+# --- after each epoch --------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("metric", ["exact", "loss"])
+def test_the_score_after_an_epoch_is_of_the_weights_then_and_training_stops_by_it(model, metric):
+    gl.apply_lora(model, rank=4)
+    tuner = gl.FineTuner(model, learning_rate=3e-2, row_length=16, mixed_precision=False)
+    lines = [Example("a", "b"), Example("c", "d")]
+    encoded = encode(lines, model.preprocessor.tokenizer, ENDED)
+    (batch,) = pack(encoded.tokens, encoded.loss_mask, 1, 16)
+    watch = gl.ScoreAfterEpoch(lines * 50, metric=metric, limit=2, template=ENDED)
+    stop = keras.callbacks.EarlyStopping(monitor="val_score", mode="max", patience=3, start_from_epoch=8)
+    x, y, weights = batch.as_keras()
+    fitted = tuner.fit(x, y, sample_weight=weights, epochs=60, verbose=0, callbacks=[watch, stop])
+    history = fitted.history
+    found = evaluation.evaluate(model, lines, ENDED, metric=metric)
+    sign = -1 if metric == "loss" else 1
+    assert history["val_score"][-1] == pytest.approx(sign * found.value, abs=1e-6)
+    assert history["val_score"][-1] > history["val_score"][0]  # it saw that the weights moved
+    assert [sign * scores.value for scores in watch.history] == history["val_score"]
+    assert watch.history[0].count == 2
+    if metric == "exact":
+        assert len(history["val_score"]) < 60
+
+
+def test_the_callback_refuses_what_it_cannot_score():
+    with pytest.raises(GemmaLoraError, match="no examples"):
+        gl.ScoreAfterEpoch([])
+    with pytest.raises(ValueError, match="`limit`"):
+        gl.ScoreAfterEpoch([Example("a", "b")], limit=0)
+    with pytest.raises(ValueError, match="`metric`"):
+        gl.ScoreAfterEpoch([Example("a", "b")], metric="f1")

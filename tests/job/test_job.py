@@ -94,7 +94,8 @@ def test_settings_hold_every_setting(finished):
     written = json.loads((finished.dir / "settings.json").read_text())
     expected = dataclasses.asdict(finished.settings)  # as asked for: the same on every machine
     assert {name: written[name] for name in expected} == json.loads(json.dumps(expected))
-    assert written["chosen"] == {"mixed_precision": has_fast_bfloat16(), "filter_gradient": True}
+    chosen = {"mixed_precision": has_fast_bfloat16(), "filter_gradient": True, "metric": "json"}
+    assert written["chosen"] == chosen
     assert {"keras", "keras-hub", "jax", "gemma_lora"} <= set(written["versions"])
 
 
