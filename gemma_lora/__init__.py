@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from gemma_lora.exchange.peft import load_adapter as load_adapter
     from gemma_lora.exchange.peft import save_adapter as save_adapter
     from gemma_lora.gemma.load import load_gemma as load_gemma
+    from gemma_lora.generation.chat import Chat as Chat
     from gemma_lora.generation.engine import generate as generate
     from gemma_lora.generation.evaluation import evaluate as evaluate
     from gemma_lora.generation.evaluation import exact_match as exact_match
@@ -46,6 +47,7 @@ _MODULES = {
     "data.templates": ["Template"],
     "exchange.peft": ["load_adapter", "save_adapter"],
     "gemma.load": ["load_gemma"],
+    "generation.chat": ["Chat"],
     "generation.engine": ["generate"],
     "generation.evaluation": ["evaluate", "exact_match", "perplexity", "teacher_forced"],
     "layers.loss": ["chunked_cross_entropy"],

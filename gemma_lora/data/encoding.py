@@ -83,8 +83,8 @@ def _pieces(literal: str, slot: str, text: str, loss: bool) -> list[_Part]:
 # Names that some tokenizer turns into one token wherever it meets them, and that mean something to the model. In plain
 # text they are broken after their first sign, so that what a user writes cannot end a turn or begin one. Pieces of
 # ordinary text stay whole: runs of spaces and of lines, HTML tags.
-_NAMES = (*CONTROL_TOKENS, "<pad>", "<unk>", "<mask>", "<2mass>", "[@BOS@]", "[multimodal]")
-_NAMES += ("<start_of_image>", "<end_of_image>", "<image_soft_token>")
+_NAMES = [*CONTROL_TOKENS, "<pad>", "<unk>", "<mask>", "<2mass>", "[@BOS@]", "[multimodal]"]
+_NAMES += ["<start_of_image>", "<end_of_image>", "<image_soft_token>"]
 _BREAK = re.compile(
     "|".join(["(?<=<)(?=unused[0-9]+>)", *(f"(?<={re.escape(n[0])})(?={re.escape(n[1:])})" for n in _NAMES)])
 )

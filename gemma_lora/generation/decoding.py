@@ -231,7 +231,7 @@ class Engine:
             own = prefill(jnp.asarray(piece), own=own, shared=shared, start=jnp.asarray(here, jnp.int32))
         return own
 
-    def advance(self, rows: Rows, stop_ids: np.ndarray, most: int, sampling: Sampling | None = None) -> np.ndarray:
+    def advance(self, rows: Rows, stop_ids: jax.Array, most: int, sampling: Sampling | None = None) -> np.ndarray:
         """Makes up to `most` new tokens of every row: (B, most), filled up with a stop token."""
         rows.made, made = rows.made + most, rows.made
         own, rows.own = rows.own, []  # used up; not to be used again if this is interrupted
@@ -257,6 +257,22 @@ class Engine:
 def places(tokens: int) -> int:
     """Places for so many tokens, in whole pieces."""
     return -(-tokens // STEPS) * STEPS
+
+
+@partial(jax.jit, static_argnames=("length",), donate_argnames=("own",))
+def behind_prompt(own: Pairs, start, length: int) -> Pairs:
+    """Moves what stands behind the prompt's `length` places to the places from `start` on; `own` is used up."""
+    return [_written(pair, Keys(pair.keys[:, :, length:], pair.values[:, :, length:]), start) for pair in own]
+
+
+def resized(architecture: Architecture, own: Pairs | None, size: int) -> Pairs:
+    """A single row's keys and values in so many places: the first ones as they were."""
+    if own is None:
+        return empty(architecture, 1, size)
+    if own[0].keys.shape[2] == size:
+        return own
+    both = zip(empty(architecture, 1, size), own, strict=True)
+    return [_written(new, [part[:, :, :size] for part in old], 0) for new, old in both]
 
 
 def empty(architecture: Architecture, batch: int, length: int) -> Pairs:

@@ -92,12 +92,12 @@ def _logits(table, hidden) -> jax.Array:
 
 def _restricted(logits, sampling: Sampling) -> jax.Array:
     """(V, B) logits with -inf where a token is not to be drawn: top-k first, then top-p of what is left."""
-    if sampling.top_k is not None:
-        wanted = jnp.minimum(sampling.top_k, len(logits))
+    if (top_k := sampling.top_k) is not None:
+        wanted = jnp.minimum(top_k, len(logits))
         logits = _at_least(logits, lambda kept: jnp.sum(kept, axis=0) >= wanted)
-    if sampling.top_p is not None:
+    if (top_p := sampling.top_p) is not None:
         shares = jax.nn.softmax(logits, axis=0)
-        logits = _at_least(logits, lambda kept: jnp.sum(jnp.where(kept, shares, 0), axis=0) >= sampling.top_p)
+        logits = _at_least(logits, lambda kept: jnp.sum(jnp.where(kept, shares, 0), axis=0) >= top_p)
     return logits
 
 
