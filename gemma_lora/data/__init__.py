@@ -8,6 +8,7 @@ _MODULES: dict[str, list[str]] = {
     "formats": ["Example", "Prompt", "BadLines", "read_jsonl", "from_records", "to_example"],
     "mask": ["MaskView", "show_mask"],
     "packing": ["Batch", "pack"],
+    "prompts": ["read_prompts"],
     "templates": ["CONTROL_TOKENS", "Template", "default_template", "template_of", "template_reason"],
 }
 __getattr__, __dir__, __all__ = lazy_names(__name__, _MODULES)

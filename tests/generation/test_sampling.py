@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from gemma_lora.base.settings import Answering
-from gemma_lora.generation import decoding
+from gemma_lora.generation import decoding, sampling
 from gemma_lora.generation import engine as generation
-from gemma_lora.generation import sampling
 from gemma_lora.quantization.packed import Bfloat16Rows, Int8Rows
 from tests.conftest import CharacterTokenizer, tiny_gemma
 
