@@ -61,7 +61,8 @@ def _takes(*names: str, answering: bool = False) -> Callable[[Callable[..., None
         def checked(**given: Any) -> None:
             try:
                 settings = check(**{name: given.pop(name) for name in names})
-                settings |= vars(Answering(**{name: given.pop(name) for name in more}))
+                if answering:
+                    settings |= vars(Answering(**{name: given.pop(name) for name in more}))
             except ValueError as error:  # which names settings as Python does
                 raise GemmaLoraError(_as_options(str(error))) from None
             command(**given, **settings)

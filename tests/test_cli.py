@@ -167,7 +167,7 @@ BAD = {
     "nothing to answer": ("generate", ["--file", "stdin"]),
     "prompts twice": ("generate hi --file good.jsonl", ["one of them"]),
     "no prompts file": ("generate --file nowhere.txt", ["nowhere.txt: cannot be read"]),
-    "a bad prompts file": ("generate --file bad.jsonl", ["bad.jsonl:1"]),
+    "a bad prompts file": ("generate --file bad.jsonl", ["bad.jsonl:2: not JSON"]),
     "stdin and more": ("generate - hi", ["alone"]),
     "top-k of nothing": ("generate hi --top-k 5", ["--top-k", "--temperature"]),
     "top-p of nothing": ("chat --top-p 0.5", ["--top-p", "--temperature"]),
