@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from gemma_lora.exchange.peft import save_adapter as save_adapter
     from gemma_lora.gemma.load import load_gemma as load_gemma
     from gemma_lora.generation.callbacks import ScoreAfterEpoch as ScoreAfterEpoch
+    from gemma_lora.generation.chat import Chat as Chat
     from gemma_lora.generation.classify import classify as classify
     from gemma_lora.generation.engine import generate as generate
     from gemma_lora.generation.evaluation import evaluate as evaluate
@@ -51,6 +52,7 @@ _MODULES = {
     "gemma.load": ["load_gemma"],
     "generation.callbacks": ["ScoreAfterEpoch"],
     "generation.classify": ["classify"],
+    "generation.chat": ["Chat"],
     "generation.engine": ["generate"],
     "generation.evaluation": ["evaluate"],
     "generation.likelihood": ["perplexity", "teacher_forced"],

@@ -1,4 +1,4 @@
-"""The command line: `gemma-lora finetune`, `evaluate`, `generate` and `plan`."""
+"""The command line: `gemma-lora finetune`, `evaluate`, `generate`, `chat` and `plan`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rich.text import Text
 
 from gemma_lora.base.files import GemmaLoraError, require_writable, write_json_atomic, write_jsonl_atomic
 from gemma_lora.base.hardware import keep_freed_memory
-from gemma_lora.base.settings import FIELDS, MOST_NEW_TOKENS, Settings, check
+from gemma_lora.base.settings import ANSWERING_FIELDS, FIELDS, Answering, Settings, check
 
 app = typer.Typer(
     add_completion=False,
@@ -30,10 +30,10 @@ app = typer.Typer(
 # --- options made from settings ----------------------------------------------------------------------------
 
 
-def _option(name: str) -> inspect.Parameter:
+def _option(name: str, of: type = Settings) -> inspect.Parameter:
     """A command's parameter for a field of `Settings`: its type, default, bounds and help are the field's."""
-    field = FIELDS[name]
-    hint: Any = str if name == "targets" else get_type_hints(Settings)[name]  # several names come in one word
+    field = of.__dataclass_fields__[name]
+    hint: Any = str if name == "targets" else get_type_hints(of)[name]  # several names come in one word
     declared = [_dashed(name)] if field.metadata.get("flag") else []
     bounds = {bound: field.metadata[bound] for bound in ("min", "max") if bound in field.metadata}
     option = typer.Option(*declared, help=field.metadata["help"], **bounds)
@@ -45,11 +45,13 @@ def _dashed(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _takes(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def _takes(*names: str, answering: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Gives a command the options of these settings, which come to it, checked, as `**chosen`.
 
-    They stand after its own positional parameters and before those by keyword only.
+    They stand after its own positional parameters and before those by keyword only. With `answering` the options of
+    `Answering` follow them.
     """
+    more = list(ANSWERING_FIELDS) if answering else []
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = inspect.signature(command, eval_str=True).parameters.values()
@@ -59,11 +61,14 @@ def _takes(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
         def checked(**given: Any) -> None:
             try:
                 settings = check(**{name: given.pop(name) for name in names})
+                if answering:
+                    settings |= vars(Answering(**{name: given.pop(name) for name in more}))
             except ValueError as error:  # which names settings as Python does
                 raise GemmaLoraError(_as_options(str(error))) from None
             command(**given, **settings)
 
-        parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in first] + [_option(name) for name in names] + last
+        options = [_option(name) for name in names] + [_option(name, Answering) for name in more]
+        parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in first] + options + last
         checked.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         checked.__annotations__ = {p.name: p.annotation for p in parameters}
         checked.__name__, checked.__doc__ = command.__name__, command.__doc__
@@ -74,11 +79,13 @@ def _takes(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
 
 def _as_options(text: str) -> str:
     """A message with `row_length` written as --row-length."""
-    return re.sub("`([a-z_]+)`", lambda m: _dashed(m[1]) if m[1] in FIELDS else m[0], text)
+    known = FIELDS | ANSWERING_FIELDS
+    return re.sub("`([a-z_]+)`", lambda m: _dashed(m[1]) if m[1] in known else m[0], text)
 
 
 _OFFERED = [name for name, field in FIELDS.items() if field.metadata.get("option", True)]
 _MODEL = ("model", "quantization", "double_quant")
+_STOP = typer.Option(help="End an answer before this text; may be given several times.")
 _ADAPTER = typer.Option(help="Adapter folder (PEFT): adapter_config.json and adapter_model.safetensors.")
 
 
@@ -105,21 +112,95 @@ def finetune(
 
 
 @app.command(
-    epilog='Example: `gemma-lora generate --adapter runs/expenses/adapter "12 lug 2024 Café Lumière 769,08 €"`'
+    epilog='Example: `gemma-lora generate --adapter runs/expenses/adapter "12 lug 2024 Café Lumière 769,08 €"`  \n'
+    "A file: `gemma-lora generate --file prompts.jsonl --temperature 0.8 --top-p 0.95`  \n"
+    'From a pipe, up to a word: `gemma-lora generate --stop "Q:" - < prompts.txt`'
 )
-@_takes(*_MODEL, "max_new_tokens")
+@_takes(*_MODEL, "max_new_tokens", answering=True)
 def generate(
-    prompts: Annotated[list[str], typer.Argument(help="One or more prompts.")],
+    prompts: Annotated[
+        list[str] | None, typer.Argument(help="One or more prompts, or - for those of stdin, one a line.")
+    ] = None,
     adapter: Annotated[Path | None, _ADAPTER] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(help="Prompts: text, one a line; or .jsonl, with a prompt or messages in each line."),
+    ] = None,
+    *,
+    stop: Annotated[list[str] | None, _STOP] = None,
     **chosen: Any,
 ) -> None:
-    """Answer prompts, greedily."""
+    """Answer prompts: greedily, or with a temperature by drawing."""
+    asked = _prompts(prompts or [], file)
+    _require_stops(stop)
     _require_model(adapter, chosen)
     loaded = _load(adapter, chosen)
     from gemma_lora.generation.engine import generate as answer
 
-    for text in answer(loaded, prompts, max_new_tokens=chosen["max_new_tokens"] or MOST_NEW_TOKENS):
+    for text in answer(loaded, asked, **_as_asked(chosen), stop=stop or ()):
         typer.echo(text)
+
+
+def _prompts(given: list[str], file: Path | None) -> list:
+    """The prompts of the command line, of stdin or of a file; exactly one of them."""
+    from gemma_lora.data.prompts import read_prompts
+
+    if bool(given) == (file is not None):
+        raise GemmaLoraError("Give prompts, or --file, or - for stdin; one of them.")
+    if file is not None:
+        try:
+            raw = file.read_bytes()
+        except OSError as error:
+            raise GemmaLoraError(f"{file}: cannot be read ({error.strerror}). Give a text or JSONL file.") from error
+        return read_prompts(raw, str(file), file.suffix.lower() in (".jsonl", ".json"))
+    if "-" not in given:
+        return given
+    if len(given) > 1:
+        raise GemmaLoraError("- takes all prompts from stdin. Give it alone.")
+    return read_prompts(sys.stdin.buffer.read(), "stdin", jsonl=False)
+
+
+def _require_stops(stop: list[str] | None) -> None:
+    if "" in (stop or ()):
+        raise GemmaLoraError("--stop: an empty text would end every answer at once. Give some text.")
+
+
+def _as_asked(chosen: dict[str, Any]) -> dict[str, Any]:
+    """Of a command's settings those that say how answers are made."""
+    return {name: chosen[name] for name in ("max_new_tokens", *ANSWERING_FIELDS)}
+
+
+@app.command(
+    epilog='Example: `gemma-lora chat --adapter runs/mine/adapter --system "Be brief." --temperature 0.8`  \n'
+    "From a pipe, a turn for each line: `gemma-lora chat --adapter runs/mine/adapter < turns.txt`"
+)
+@_takes(*_MODEL, "max_new_tokens", answering=True)
+def chat(
+    adapter: Annotated[Path | None, _ADAPTER] = None,
+    system: Annotated[str | None, typer.Option(help="Text that the model is given before the first turn.")] = None,
+    *,
+    stop: Annotated[list[str] | None, _STOP] = None,
+    **chosen: Any,
+) -> None:
+    """Talk to a model. Type /reset to begin anew, /quit or Ctrl-D to end."""
+    _require_stops(stop)
+    _require_model(adapter, chosen)
+    interactive = sys.stdin.isatty()
+    loaded = _load(adapter, chosen)
+    from gemma_lora.generation import terminal
+    from gemma_lora.generation.chat import Chat
+
+    def write(text: str) -> None:
+        typer.echo(text, nl=False)
+        sys.stdout.flush()
+
+    def note(text: str) -> None:
+        typer.echo(text, err=True)
+
+    if interactive:
+        note(terminal.HELP)
+    partner = Chat(loaded, system, **_as_asked(chosen), stop=stop or ())
+    terminal.converse(partner, terminal.asker(interactive), write, note if interactive else None)
 
 
 @app.command(

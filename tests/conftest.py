@@ -31,7 +31,9 @@ class CharacterTokenizer:
         return [len(self.control) + ord(c) for c in text]
 
     def token_to_id(self, token):
-        return self.control.index(token) if token in self.control else len(self.control) + ord(token)
+        if len(token) == 1:
+            return len(self.control) + ord(token)
+        return self.control.index(token if token in self.control else "<unk>")
 
     def id_to_token(self, i):
         return self.control[i] if i < len(self.control) else chr(i - len(self.control))

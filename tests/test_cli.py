@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import io
 import json
 import os
 import subprocess
@@ -86,7 +87,7 @@ ROW = {"prompt": "a", "response": "b"}
 # --- help --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["finetune", "evaluate", "generate"])
+@pytest.mark.parametrize("name", ["finetune", "evaluate", "generate", "chat"])
 def test_help_shows_an_example_that_the_command_understands(command, name):
     status, out, _ = command(name, "--help")
     assert status == 0
@@ -114,7 +115,7 @@ def test_a_quantized_base_is_asked_for(command, monkeypatch, tmp_path, name):
 
 def test_every_command_is_listed(command):
     _, out, _ = command("--help")
-    assert all(name in out for name in ("finetune", "evaluate", "generate"))
+    assert all(name in out for name in ("finetune", "evaluate", "generate", "chat"))
 
 
 # --- bad input ---------------------------------------------------------------------------------------------
@@ -176,6 +177,17 @@ BAD = {
         "finetune --data good.jsonl --model gemma3_1b --quantization gguf",
         ["quantization='gguf'", ".gguf file"],
     ),
+    "nothing to answer": ("generate", ["--file", "stdin"]),
+    "prompts twice": ("generate hi --file good.jsonl", ["one of them"]),
+    "no prompts file": ("generate --file nowhere.txt", ["nowhere.txt: cannot be read"]),
+    "a bad prompts file": ("generate --file bad.jsonl", ["bad.jsonl:2: not JSON"]),
+    "stdin and more": ("generate - hi", ["alone"]),
+    "top-k of nothing": ("generate hi --top-k 5", ["--top-k", "--temperature"]),
+    "top-p of nothing": ("chat --top-p 0.5", ["--top-p", "--temperature"]),
+    "top-p of zero": ("chat --top-p 0 --temperature 1", ["--top-p", "above 0"]),
+    "no temperature": ("generate hi --temperature nan", ["--temperature"]),
+    "an empty stop": ("chat --stop=", ["--stop", "empty"]),
+    "no adapter to talk to": ("chat --adapter nowhere", ["nowhere", "runs/expenses/adapter"]),
     "empty adapter": ("generate --adapter empty hi", ["empty", "adapter_config.json"]),
     "no adapter to score": ("evaluate --data good.jsonl --adapter nowhere", ["nowhere", "runs/expenses/adapter"]),
     "finished run": ("finetune --data good.jsonl --run-dir done", ["done", "rank was 99", "--overwrite", "--run-dir"]),
@@ -309,6 +321,117 @@ def readable(adapter, count):
     prompts = ["one", "zwölf", "third", *"abcdefghijklmnopqrstuvwxyz"]
     found = [p for p, answer in zip(prompts, answers_of(adapter, prompts), strict=True) if answer.isprintable()]
     return found[:count]
+
+
+@pytest.mark.slow
+def test_generate_takes_a_file_or_stdin(command, small, adapter, tmp_path, monkeypatch):
+    prompts = ["one", "another", "third"]
+    expected = "".join(answer + "\n" for answer in answers_of(adapter, prompts))
+    (tmp_path / "p.txt").write_text("one\r\n\nanother\nthird", encoding="utf-8-sig")
+    rows = [
+        {"prompt": "one"},
+        {"messages": [{"role": "user", "content": "another"}]},
+        {"prompt": "third", "response": "x"},
+    ]
+    jsonl(tmp_path / "p.jsonl", *rows)
+    common = ("generate", "--adapter", adapter, "--max-new-tokens", 6)
+    for name in ("p.txt", "p.jsonl"):
+        status, out, err = command(*common, "--file", name)
+        assert (status, out) == (0, expected), err
+    piped(monkeypatch, "one\nanother\nthird\n")
+    assert command(*common, "-")[1] == expected
+
+
+@pytest.mark.parametrize("name", ["generate", "chat"])
+def test_how_tokens_are_chosen_is_passed_on(command, small, monkeypatch, name):
+    asked = {}
+
+    class Chat:
+        def __init__(self, model, system, **named):
+            asked.update(named)
+
+    def answer(model, prompts, **named):
+        asked.update(named)
+        return prompts
+
+    monkeypatch.setattr("gemma_lora.generation.engine.generate", answer)
+    monkeypatch.setattr("gemma_lora.generation.chat.Chat", Chat)
+    piped(monkeypatch, "")
+    options = "--temperature 0.7 --top-k 9 --top-p 0.9 --seed 4 --stop Q: --stop ## --max-new-tokens 5"
+    status, _, err = command(name, *options.split(), *(["hi"] if name == "generate" else []))
+    assert status == 0, err
+    named = {"temperature": 0.7, "top_k": 9, "top_p": 0.9, "seed": 4, "stop": ["Q:", "##"], "max_new_tokens": 5}
+    assert asked == named
+
+
+def piped(monkeypatch, text, terminal=False):
+    stdin = io.TextIOWrapper(io.BytesIO(text.encode()), encoding="utf-8")
+    stdin.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stdin", stdin)
+
+
+class Parrot:
+    """Answers with the number of the turn and what was said, a few signs at a time."""
+
+    def __init__(self, model, system=None, **named):
+        self.system, self.turns = system, 0
+
+    def reset(self):
+        self.turns = 0
+
+    def stream(self, text):
+        self.turns += 1
+        if text == "too long":
+            raise GemmaLoraError("The chat would have 9 tokens")
+        if text == "interrupt":
+            raise KeyboardInterrupt
+        return iter([f"{self.turns} ", text[:2], text[2:]])
+
+
+@pytest.fixture
+def parrot(small, monkeypatch):
+    monkeypatch.setattr("gemma_lora.generation.chat.Chat", Parrot)
+
+
+def test_a_line_of_a_pipe_is_a_turn(command, parrot, monkeypatch):
+    piped(monkeypatch, "hi\n\n/etc/hosts?\r\n/reset\né\x1b[2Jü\x07\u202e\n/quit\nnever\n")
+    assert command("chat") == (0, "1 hi\n2 /etc/hosts?\n1 é␛[2Jü␇\\u202e\n", "")
+    piped(monkeypatch, "a\ntoo long\nb\n")
+    status, out, err = command("chat")
+    assert (status, out) == (2, "1 a\n") and "9 tokens" in err and "Traceback" not in err
+
+
+def test_at_a_terminal_an_error_is_said_and_the_chat_goes_on(command, parrot, monkeypatch):
+    piped(monkeypatch, "", terminal=True)
+    said = iter(["hi", "too long", "/reset", "b"])
+    monkeypatch.setattr("builtins.input", lambda sign: next(said, None) or raised(EOFError()))
+    status, out, err = command("chat")
+    assert (status, out) == (0, "1 hi\n1 b\n")
+    assert "9 tokens" in err and "/reset" in err and "/quit" in err and "A new chat." in err
+    said = iter(["interrupt"])
+    status, out, err = command("chat")
+    assert status == 130 and "Traceback" not in err
+
+
+def raised(error):
+    raise error
+
+
+@pytest.mark.slow
+def test_chat_answers_as_generate_does(command, small, adapter, monkeypatch):
+    from gemma_lora.exchange.peft import load_adapter
+    from gemma_lora.generation.engine import generate
+
+    model, chat = load_adapter(small_model(), adapter), [{"role": "system", "content": "Be brief."}]
+    expected = []
+    for turn in ("one", "two"):
+        chat.append({"role": "user", "content": turn})
+        expected += generate(model, [chat], max_new_tokens=6)
+        chat.append({"role": "assistant", "content": expected[-1]})
+    piped(monkeypatch, "one\ntwo\n")
+    status, out, err = command("chat", "--adapter", adapter, "--system", "Be brief.", "--max-new-tokens", 6)
+    assert status == 0, err
+    assert out == "".join(answer + "\n" for answer in expected)
 
 
 @pytest.mark.slow

@@ -25,6 +25,8 @@ TARGET_NAMES = ("query", "key", "value", "attention_output", "gate", "up", "down
 MOST_NEW_TOKENS = 128
 #: What it means at least where they do.
 LEAST_NEW_TOKENS = 16
+#: Tokens that a chat may have, answers included, before it says so: what every Gemma was trained for.
+CONTEXT_LENGTH = 8192
 
 Quantization = Literal["nf4", "int8", "int4", "gguf"]
 Dtype = Literal["float32", "bfloat16"]
@@ -137,8 +139,45 @@ class Settings:
             object.__setattr__(self, name, value)  # as `check` writes it; the dataclass is frozen
 
 
+@dataclasses.dataclass(frozen=True)
+class Answering:
+    """How the next token of an answer is chosen: options of `gemma-lora generate` and `chat`.
+
+    Invariants: every value is of its field's type and within its bounds; `top_k` and `top_p` are None at temperature 0.
+
+    Raises:
+        ValueError: If a value is not what its field takes, or `top_k` or `top_p` would not be used.
+
+    Example:
+
+    >>> Answering(temperature=1).temperature
+    1.0
+    >>> Answering(top_k=5)
+    Traceback (most recent call last):
+    ValueError: `top_k` and `top_p` say what is drawn from. Give a `temperature` above 0 too. Received: temperature=0.0
+    """
+
+    temperature: float = _setting(0.0, "0 takes the likeliest token each time; above 0, tokens are drawn.", min=0)
+    top_k: int | None = _setting(None, "Draw from the so many likeliest tokens only.", min=1)
+    top_p: float | None = _setting(
+        None, "Draw from the likeliest tokens only that have this probability together.", above=0, max=1
+    )
+    seed: int = _setting(0, "The same seed draws the same answer.", min=0, max=2**31 - 1)
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            object.__setattr__(self, name, _checked(name, value, Answering))
+        if self.temperature == 0 and (self.top_k, self.top_p) != (None, None):
+            raise ValueError(
+                "`top_k` and `top_p` say what is drawn from. Give a `temperature` above 0 too. "
+                f"Received: temperature={self.temperature}"
+            )
+
+
 #: The fields by name, in order.
 FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
+#: The fields of `Answering` by name, in order.
+ANSWERING_FIELDS = {field.name: field for field in dataclasses.fields(Answering)}
 
 
 def check(**values: Any) -> dict[str, Any]:
@@ -200,26 +239,27 @@ def target_names(targets: str | Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in TARGET_NAMES if name in names)
 
 
-def _checked(name: str, value: Any) -> Any:
-    """One value, as `Settings` holds it."""
-    if name not in FIELDS:
-        raise TypeError(f"no setting is called {name!r}. There are {', '.join(FIELDS)}.")
+def _checked(name: str, value: Any, of: type = Settings) -> Any:
+    """One value, as `Settings` or `Answering` holds it."""
+    fields = {field.name: field for field in dataclasses.fields(of)}
+    if name not in fields:
+        raise TypeError(f"no setting is called {name!r}. There are {', '.join(fields)}.")
     if name == "targets":
         return value if isinstance(value, str) and value == "all-linear" else target_names(value)
-    kind, optional = _kind(name)
+    kind, optional = _kind(of, name)
     if value is None and optional:
         return None
     held = _as_kind(kind, value)
-    if held is None or not _within(held, FIELDS[name].metadata):
-        what = _expected(kind, FIELDS[name].metadata) + (", or None" if optional else "")
+    if held is None or not _within(held, fields[name].metadata):
+        what = _expected(kind, fields[name].metadata) + (", or None" if optional else "")
         raise ValueError(f"`{name}` must be {what}. Received: {name}={value!r}")
     return held
 
 
 @functools.cache
-def _kind(name: str) -> tuple[Any, bool]:
+def _kind(of: type, name: str) -> tuple[Any, bool]:
     """A field's type without None, and whether None is allowed."""
-    hint = typing.get_type_hints(Settings)[name]
+    hint = typing.get_type_hints(of)[name]
     if typing.get_origin(hint) is not types.UnionType and typing.get_origin(hint) is not typing.Union:
         return hint, False
     (kind,) = (part for part in typing.get_args(hint) if part is not types.NoneType)

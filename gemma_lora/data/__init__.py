@@ -9,6 +9,7 @@ _MODULES: dict[str, list[str]] = {
     "mask": ["MaskView", "show_mask"],
     "notices": ["Notices"],
     "packing": ["Batch", "pack"],
+    "prompts": ["read_prompts"],
     "templates": ["CONTROL_TOKENS", "Template", "default_template", "find_template", "template_of", "template_reason"],
 }
 __getattr__, __dir__, __all__ = lazy_names(__name__, _MODULES)

@@ -82,10 +82,14 @@ def _pieces(literal: str, slot: str, text: str, loss: bool) -> list[_Part]:
     return [part for part in parts if part.text]
 
 
-# Names that some tokenizer turns into one control token wherever it meets them. In plain text they are broken
-# after "<", so that what a user writes cannot end a turn or begin one.
-_NAMES = (*CONTROL_TOKENS, "<pad>", "<unk>", "<mask>", "<start_of_image>", "<end_of_image>")
-_BREAK = re.compile("(?<=<)(?=" + "|".join(re.escape(name[1:]) for name in _NAMES) + ")")
+# Names that some tokenizer turns into one token wherever it meets them, and that mean something to the model. In plain
+# text they are broken after their first sign, so that what a user writes cannot end a turn or begin one. Pieces of
+# ordinary text stay whole: runs of spaces and of lines, HTML tags.
+_NAMES = [*CONTROL_TOKENS, "<pad>", "<unk>", "<mask>", "<2mass>", "[@BOS@]", "[multimodal]"]
+_NAMES += ["<start_of_image>", "<end_of_image>", "<image_soft_token>"]
+_BREAK = re.compile(
+    "|".join(["(?<=<)(?=unused[0-9]+>)", *(f"(?<={re.escape(n[0])})(?={re.escape(n[1:])})" for n in _NAMES)])
+)
 
 
 def _tokenize(texts: Iterable[str], tokenizer) -> dict[str, list[int]]:

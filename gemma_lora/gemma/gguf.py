@@ -23,10 +23,14 @@ from gemma_lora.layers.linear import matrix_shape
 from gemma_lora.layers.places import PLACES, linear_places
 from gemma_lora.quantization.packed import Int8Rows
 
-_INDEX_VERSION = 2
+_INDEX_VERSION = 3
 _DECODED_AT_ONCE = 1 << 20  # weights
 #: SentencePiece's numbers for kinds of pieces; GGUF uses the same.
-_UNKNOWN, _USER_DEFINED = 2, 4
+_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
+#: Of a picture's placeholder Google's own file knows nothing: no text may become one.
+_NO_PIECE_OF_GOOGLES = ("<image_soft_token>",)
+#: GGUF's names of the control tokens that Google's file has, and SentencePiece's.
+_ENDS = {"bos": "bos_id", "eos": "eos_id", "padding": "pad_id"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +169,12 @@ def _check_contents(path: Path, size: int, fields: dict, tensors: dict[str, Tens
 
 
 def _tokenizer_proto(path: Path, reader) -> bytes:
-    """Rebuilds Gemma's SentencePiece model from the file's pieces, scores and types."""
+    """Rebuilds Gemma's SentencePiece model from the file's pieces, scores and types.
+
+    In Gemma's own `tokenizer.model` three pieces are control tokens, `<pad>`, `<eos>` and `<bos>`; `<start_of_turn>`,
+    `<mask>`, `<unused0>` and so on are user-defined: one token where a text has the name. llama.cpp's converter calls
+    all of them control tokens, which SentencePiece never finds in a text; here they are what they were.
+    """
     from sentencepiece import sentencepiece_model_pb2
 
     model_pb2: Any = sentencepiece_model_pb2  # generated code, which the type checker cannot see into
@@ -175,9 +184,12 @@ def _tokenizer_proto(path: Path, reader) -> bytes:
         raise GemmaLoraError(f"{path}: holds no SentencePiece tokenizer (tokens, scores and types). Convert it again.")
     tokens, scores, kinds = (column.contents() for column in columns)
     unknown = int(reader.fields["tokenizer.ggml.unknown_token_id"].contents())
+    ends = {field: int(reader.fields[f"tokenizer.ggml.{field}_token_id"].contents()) for field in _ENDS}
     model = model_pb2.ModelProto()
     for position, (piece, score, kind) in enumerate(zip(tokens, scores, kinds, strict=True)):
         entry = model.pieces.add()
+        if kind == _CONTROL and position not in ends.values() and piece not in _NO_PIECE_OF_GOOGLES:
+            kind = _USER_DEFINED
         # llama.cpp writes the spaces of user-defined pieces (Gemma's runs of spaces) plainly, SentencePiece wants ▁.
         entry.piece, entry.score = piece.replace(" ", "▁") if kind == _USER_DEFINED else piece, score
         entry.type = _UNKNOWN if position == unknown else kind
@@ -185,8 +197,8 @@ def _tokenizer_proto(path: Path, reader) -> bytes:
     model.trainer_spec.vocab_size = len(tokens)
     model.trainer_spec.byte_fallback = True
     model.trainer_spec.unk_id = unknown
-    for name, field in (("bos_id", "bos"), ("eos_id", "eos"), ("pad_id", "padding")):
-        setattr(model.trainer_spec, name, int(reader.fields[f"tokenizer.ggml.{field}_token_id"].contents()))
+    for field, name in _ENDS.items():
+        setattr(model.trainer_spec, name, ends[field])
     model.normalizer_spec.name = "identity"
     model.normalizer_spec.add_dummy_prefix = False
     model.normalizer_spec.remove_extra_whitespaces = False

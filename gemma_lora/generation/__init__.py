@@ -3,6 +3,7 @@
 from gemma_lora.base.lazy import lazy_names
 
 _MODULES: dict[str, list[str]] = {
+    "chat": ["Chat"],
     "engine": ["generate", "generate_tokens"],
     "matching": ["parse_object", "json_equal", "is_match", "exact_match", "field_scores"],
     "bootstrap": ["Estimate", "PerLine", "estimates", "differences"],

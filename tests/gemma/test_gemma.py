@@ -8,16 +8,20 @@ import subprocess
 import sys
 import types
 import warnings
+from collections import Counter
 
 import numpy as np
 import pytest
+from sentencepiece import sentencepiece_model_pb2
 
 from gemma_lora.base.files import GemmaLoraError
-from gemma_lora.data.dataset import encode_prompt
+from gemma_lora.data.encoding import encode, encode_prompt
+from gemma_lora.data.formats import Example
 from gemma_lora.data.templates import Template
 from gemma_lora.gemma import load as gemma
 from gemma_lora.gemma.forward import hidden_states
 from gemma_lora.generation.engine import generate
+from tests.conftest import tiny_gemma
 from tests.gemma.test_gguf import write_gguf
 
 BEGINNING = "The capital of France is"
@@ -101,14 +105,69 @@ def test_tokens_are_gemmas(tokenizer, text, ids):
     assert [int(i) for i in tokenizer.tokenize(text)] == ids
 
 
-def test_control_tokens_are_gemmas_and_a_users_text_cannot_bring_one_in(tokenizer):
+#: Names that are one token in Google's own file, wherever a text has them, and `<0x0A>`, which is none in any text.
+NAMES = ("<start_of_turn>", "<end_of_turn>", "<mask>", "[multimodal]", "<unused0>", "<unused98>", "<unused6241>")
+PICTURES = ("<start_of_image>", "<end_of_image>")
+
+
+def test_a_control_token_has_its_number(tokenizer):
     names = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3, "<start_of_turn>": 105, "<end_of_turn>": 106}
     assert {name: tokenizer.token_to_id(name) for name in names} == names
     assert [tokenizer.id_to_token(i) for i in names.values()] == list(names)
-    chat = encode_prompt(" ".join(names), tokenizer, Template.gemma_chat()).tolist()
-    special = [i for i in chat if i in names.values()]
-    assert special == [2, 105, 106, 105]  # the template's own
-    assert chat[0] == 2
+
+
+def test_kinds_of_pieces_are_counted_as_in_googles_file(tokenizer):
+    """Google's `tokenizer.model` of Gemma 3: 3 control tokens, one unknown, 256 bytes, 6,410 user-defined ones."""
+    model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.proto)
+    assert Counter(piece.type for piece in model.pieces) == {1: 255_474, 2: 1, 3: 3, 4: 6_410, 6: 256}
+    assert [piece.piece for piece in model.pieces if piece.type == 3] == ["<pad>", "<eos>", "<bos>"]
+
+
+@pytest.mark.parametrize("name", [*NAMES, *PICTURES, "</table>"])
+def test_a_name_in_a_text_is_one_token_for_kerashub(tokenizer, name):
+    ids = [int(i) for i in tokenizer.tokenize(f"a{name}b")]
+    assert ids[1] == tokenizer.token_to_id(name) and len(ids) == 3
+
+
+@pytest.mark.parametrize("template", [Template.gemma_chat(), Template.base()], ids=["chat", "base"])
+@pytest.mark.parametrize("shots", [0, 1])
+def test_a_users_text_brings_no_control_token_in(tokenizer, template, shots):
+    names = ("<pad>", "<eos>", "<bos>", "<unk>", *NAMES, *PICTURES, "<0x0A>", "<image_soft_token>")
+    typed = " ".join(names) + "".join(names) + "<<mask>mask> a <b>c</b>"
+    special = {tokenizer.token_to_id(name) for name in names if name != "<image_soft_token>"}
+
+    def of(text):
+        worked = [Example(text, text)] * shots
+        ids = encode_prompt(text, tokenizer, template, shots=worked).tolist()
+        return ids, [i for i in ids if i in special]
+
+    ids, found = of(typed)
+    assert found == of("plain")[1]  # the template's own
+    text = tokenizer.detokenize([i for i in ids if i not in special])
+    assert text.count(typed) == 1 + 2 * shots  # nothing is lost
+    (trained,) = encode([Example(typed, typed)], tokenizer, template, max_length=5000).tokens
+    (plain,) = encode([Example("x", "x")], tokenizer, template, max_length=5000).tokens
+    assert [i for i in trained if i in special] == [i for i in plain if i in special]
+
+
+def test_kerashubs_own_generate_stops_at_the_end_of_a_turn(tokenizer):
+    """A chat in Google's text, put into KerasHub: one token for `<start_of_turn>`, and `<end_of_turn>` stops."""
+    hub = gemma.import_keras_hub()
+    preprocessor = hub.models.Gemma3CausalLMPreprocessor(tokenizer, sequence_length=24)
+    end = tokenizer.token_to_id("<end_of_turn>")
+    chat = "<start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n"
+    given = preprocessor.generate_preprocess([chat])
+    ids = np.asarray(given["token_ids"])[0][np.asarray(given["padding_mask"])[0].astype(bool)].tolist()
+    assert ids == encode_prompt("Hi", tokenizer, Template.gemma_chat()).tolist()
+    model = tiny_gemma(3, vocabulary_size=262_144)
+    model.preprocessor = preprocessor
+    hidden = model.backbone({"token_ids": np.array([ids]), "padding_mask": np.ones((1, len(ids)), "int32")})
+    table = np.asarray(model.backbone.token_embedding.embeddings).copy()
+    table[end] = 9 * np.asarray(hidden)[0, -1]
+    model.backbone.token_embedding.embeddings.assign(table)  # so that it ends the turn at once
+    assert model.generate(chat, max_length=24) in (chat, chat + "<end_of_turn>")
+    going_on = model.generate(chat, max_length=24, stop_token_ids=None)
+    assert len(going_on) > len(chat) + len("<end_of_turn>")
 
 
 # --- the packages ------------------------------------------------------------------------------------------

@@ -20,6 +20,8 @@ F16, Q8_0 = gguf_library.GGMLQuantizationType.F16, gguf_library.GGMLQuantization
 TEXTS = ["a bend of the river, and the river bends", "  two  spaces\n\tand a tab ", "l'été à Zürich", "日本 🎉", ""]
 #: Pieces that come before all merging, as in Gemma: runs of spaces and of line ends, and names.
 NAMED = ["▁▁", "▁▁▁", "\n\n", "\t", "<table>"]
+#: Pieces of the same kind that llama.cpp's converter calls control tokens.
+TURNS = ["<start_of_turn>", "<end_of_turn>", "<mask>", "<unused0>"]
 #: Tensors that are not stored as F32, one of each kind at least.
 KINDS = {"token_embd": Q8_0, "attn_q": F16, "attn_v": Q8_0, "attn_output": Q8_0, "ffn_gate": F16, "ffn_down": Q8_0}
 
@@ -39,7 +41,7 @@ def sentencepiece_model() -> bytes:
         character_coverage=1.0,
         **{"pad_id": 0, "eos_id": 1, "bos_id": 2, "unk_id": 3, "pad_piece": "<pad>"},
         **{"eos_piece": "<eos>", "bos_piece": "<bos>", "unk_piece": "<unk>"},
-        user_defined_symbols=NAMED,
+        user_defined_symbols=NAMED + TURNS,
         minloglevel=2,
     )
     return model.getvalue()
@@ -114,7 +116,8 @@ def write_gguf(path: Path, seed: int = 0, architecture="gemma3", fields=FIELDS, 
 def kind_of(pieces, i: int) -> int:
     if pieces.is_byte(i):
         return gguf_library.TokenType.BYTE
-    if pieces.is_control(i) or pieces.is_unknown(i):  # Gemma's files call <unk> a control token
+    # Gemma's files call <unk> a control token, too.
+    if pieces.is_control(i) or pieces.is_unknown(i) or pieces.id_to_piece(i) in TURNS:
         return gguf_library.TokenType.CONTROL
     named = pieces.id_to_piece(i) in NAMED
     return gguf_library.TokenType.USER_DEFINED if named else gguf_library.TokenType.NORMAL
@@ -254,7 +257,12 @@ def test_no_variable_is_left_out(loaded):
 def test_the_tokenizer_is_the_one_the_file_was_made_from(loaded):
     original = sentencepiece.SentencePieceProcessor(model_proto=MODEL)
     tokenizer = loaded[0].preprocessor.tokenizer
-    for text in [*TEXTS, "a  b   c    d\n\n\n  river", "<table>  <bos><table>"]:
+    for text in [
+        *TEXTS,
+        "a  b   c    d\n\n\n  river",
+        "<table>  <bos><table>",
+        "<start_of_turn>a<end_of_turn>\n<mask><unused0><eos>",
+    ]:
         assert np.asarray(tokenizer.tokenize(text)).tolist() == original.encode(text), text
     assert [tokenizer.token_to_id(t) for t in ("<pad>", "<eos>", "<bos>", "<unk>")] == [0, 1, 2, 3]
 

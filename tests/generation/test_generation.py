@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from gemma_lora import lora
+from gemma_lora.generation import decoding, sampling
 from gemma_lora.generation import engine as generation
 from gemma_lora.layers.products import Rounded
 from gemma_lora.lora import qlora
@@ -98,11 +99,11 @@ def test_mixed_precision_rounds_every_product_with_frozen_weights(gemma, adapter
         lora.apply_lora(gemma, rank=2, targets=("query", "value"))
 
     def rounded(mixed_precision):
-        engine = generation._Engine.of(gemma, mixed_precision)
-        own, shared = (generation._empty(engine.architecture, *sizes) for sizes in ((2, 32), (1, 0)))
+        engine = decoding.Engine.of(gemma, mixed_precision)
+        own, shared = (decoding.empty(engine.architecture, *sizes) for sizes in ((2, 32), (1, 0)))
         arguments = (np.zeros(2, "int32"), np.ones(2, "int32"), 0, np.zeros(2, bool))
         named = {"own": own, "shared": shared, "stop_ids": np.array([1]), "most": 16, "length": 16}
-        program = generation._decode_program.lower(engine.architecture, engine.weights, *arguments, **named).as_text()
+        program = decoding._decode_program.lower(engine.architecture, engine.weights, *arguments, **named).as_text()
         return sum("dot_general" in line and "xbf16>" in line for line in program.splitlines())
 
     assert (rounded(False), rounded(True)) == (0, 7 * len(blocks(gemma)) + 1)  # and the head
@@ -122,7 +123,7 @@ def test_mixed_precision_leaves_layers_with_keras_own_changes_alone(how):
         for block in blocks(gemma):
             block.ffw_linear.quantize("int8")
         left = {"down"}
-    weights = generation._Engine.of(gemma, True).weights
+    weights = decoding.Engine.of(gemma, True).weights
     rounded = {name for block in weights.blocks for name, matrix in block.linear.items() if type(matrix) is Rounded}
     assert not rounded & left and "key" in rounded
     for prompt, answer in zip(PROMPTS, generation.generate_tokens(gemma, PROMPTS, [1], 3), strict=True):
@@ -138,7 +139,7 @@ def test_a_second_call_compiles_nothing_and_sees_what_has_changed(gemma):
         return [naive(gemma, prompt, [1], 9) for prompt in PROMPTS]
 
     before = answers()
-    programs = generation._decode_program._cache_size()
+    programs = decoding._decode_program._cache_size()
     assert answers() == before
     kernel = gemma.backbone.transformer_layers[0].gating_ffw._kernel
     kernel.assign(-kernel)  # other values go through the same programs
@@ -154,7 +155,7 @@ def test_a_second_call_compiles_nothing_and_sees_what_has_changed(gemma):
     assert answers() == adapted
     lora.detach_lora(gemma)
     assert answers() == adapted
-    assert generation._decode_program._cache_size() <= programs + 1  # kernels as matrices, or as layers store them
+    assert decoding._decode_program._cache_size() <= programs + 1  # kernels as matrices, or as layers store them
     answers(mixed_precision=True)
     assert answers() == adapted
 
@@ -185,11 +186,11 @@ def test_the_likeliest_token_is_the_first_of_the_largest_logits():
     table[9000] = table[best[1]] = 9 * hidden[1]  # and one with the last row, which two blocks hold
     rounded = Bfloat16Rows.of(table)
     exact = np.asarray(rounded.decode()) @ np.asarray(jnp.asarray(hidden, jnp.bfloat16), "float32").T
-    assert np.asarray(generation._likeliest(rounded, jnp.asarray(hidden))).tolist() == exact.argmax(axis=0).tolist()
-    plain = generation._likeliest(jnp.asarray(table), jnp.asarray(hidden))
+    assert np.asarray(sampling.likeliest(rounded, jnp.asarray(hidden))).tolist() == exact.argmax(axis=0).tolist()
+    plain = sampling.likeliest(jnp.asarray(table), jnp.asarray(hidden))
     assert np.asarray(plain).tolist() == (table @ hidden.T).argmax(axis=0).tolist()
     packed = Int8Rows.of(table)
-    found = generation._likeliest(packed, jnp.asarray(hidden))
+    found = sampling.likeliest(packed, jnp.asarray(hidden))
     assert np.asarray(found).tolist() == (np.asarray(packed.decode()) @ hidden.T).argmax(axis=0).tolist()
 
 
