@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import os
 import re
@@ -32,7 +33,7 @@ app = typer.Typer(
 
 def _option(name: str, of: type = Settings) -> inspect.Parameter:
     """A command's parameter for a field of `Settings`: its type, default, bounds and help are the field's."""
-    field = of.__dataclass_fields__[name]
+    field = next(field for field in dataclasses.fields(of) if field.name == name)
     hint: Any = str if name == "targets" else get_type_hints(of)[name]  # several names come in one word
     declared = [_dashed(name)] if field.metadata.get("flag") else []
     bounds = {bound: field.metadata[bound] for bound in ("min", "max") if bound in field.metadata}

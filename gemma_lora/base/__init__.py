@@ -26,7 +26,16 @@ _MODULES: dict[str, list[str]] = {
         "keep_freed_memory",
         "release_memory",
     ],
-    "settings": ["Settings", "Answering", "DEFAULTS", "check", "target_names", "TARGET_NAMES", "BUILTIN_NAME"],
+    "settings": [
+        "Settings",
+        "Answering",
+        "DEFAULTS",
+        "check",
+        "target_names",
+        "layer_patterns",
+        "TARGET_NAMES",
+        "BUILTIN_NAME",
+    ],
     "lazy_tensorflow": ["quiet_stderr", "stand_ins", "left_out"],
 }
 __getattr__, __dir__, __all__ = lazy_names(__name__, _MODULES)

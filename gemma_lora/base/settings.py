@@ -220,7 +220,7 @@ def target_names(targets: str | Sequence[str]) -> tuple[str, ...]:
 
     Args:
         targets: `"all-linear"`, or any of query, key, value, attention_output, gate, up, down, in a sequence or
-            separated by commas.
+            separated by commas. Other Keras models have names of their own: `layer_patterns`.
 
     Raises:
         ValueError: If a name is unknown or none is given.
@@ -237,6 +237,37 @@ def target_names(targets: str | Sequence[str]) -> tuple[str, ...]:
             f"Received: targets={targets!r}"
         )
     return tuple(name for name in TARGET_NAMES if name in names)
+
+
+def layer_patterns(patterns: str | Sequence[str], argument: str = "targets") -> tuple[str, ...]:
+    """Checks names and patterns of a plain Keras model's layers, which the model alone can say more about.
+
+    Args:
+        patterns: Names or patterns, in a sequence or separated by commas; `"all-linear"` stays as it is.
+        argument: What the message calls them.
+
+    Returns:
+        The patterns, each once, in the order given.
+
+    Raises:
+        ValueError: If there is none, or one is not text.
+
+    Example:
+
+    >>> layer_patterns("first, block_*/dense")
+    ('first', 'block_*/dense')
+    """
+    try:
+        given = patterns.split(",") if isinstance(patterns, str) else list(patterns)
+    except TypeError:  # neither text nor a sequence
+        given = []
+    names = [name.strip() if isinstance(name, str) else "" for name in given]
+    if not names or not all(names):
+        raise ValueError(
+            f"`{argument}` must be names or patterns of layers, such as 'dense' or 'block_*/dense'. "
+            f"Received: {argument}={patterns!r}"
+        )
+    return tuple(dict.fromkeys(names))
 
 
 def _checked(name: str, value: Any, of: type = Settings) -> Any:

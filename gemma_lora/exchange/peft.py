@@ -45,7 +45,11 @@ def slots(model: keras.Model) -> Iterator[Slot]:
     """Yields every linear layer of a KerasHub Gemma's blocks with its name in transformers."""
     backbone = getattr(model, "backbone", model)
     if not hasattr(backbone, "transformer_layers"):
-        raise ValueError(f"`model` must be a KerasHub Gemma model or backbone. Received: {type(model).__name__}")
+        raise ValueError(
+            "`model` must be a KerasHub Gemma model or backbone: PEFT's format names a Gemma's modules. Save and load "
+            "the weights of another model with its own `save_weights` and `load_weights`, LoRA included. "
+            f"Received: {type(model).__name__}"
+        )
     for number, block in enumerate(backbone.transformer_layers):
         for target, parent, attribute in linear_places(block):
             yield Slot(target, f"model.layers.{number}.{PLACES[target].transformers}", parent, attribute)

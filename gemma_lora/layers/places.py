@@ -44,6 +44,17 @@ def parent_and_attribute(block: keras.layers.Layer, path: str) -> tuple[keras.la
     return block, attribute
 
 
+def holds_gemma_blocks(model: keras.layers.Layer) -> bool:
+    """Whether a model holds, or is, a KerasHub Gemma block: a layer with all of `PLACES`."""
+
+    def has(layer: object, path: str) -> bool:
+        for name in path.split("."):
+            layer = getattr(layer, name, None)
+        return isinstance(layer, keras.layers.Layer)
+
+    return any(all(has(layer, place.attribute) for place in PLACES.values()) for layer in model._flatten_layers())
+
+
 def linear_places(block: keras.layers.Layer) -> Iterator[tuple[str, keras.layers.Layer, str]]:
     """Yields `(our name, parent, attribute)` for each linear layer of a KerasHub Gemma block."""
     for name, place in PLACES.items():

@@ -7,6 +7,7 @@ touches Keras's book-keeping for it is in this file.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from gemma_lora.base.keras_on_jax import keras
 
@@ -23,18 +24,23 @@ def replace(parent: keras.layers.Layer, attribute: str, layer: keras.layers.Laye
         layer: The new one.
     """
     old = getattr(parent, attribute)
-    # Keras locks a built layer's tracker; its own enable_lora unlocks it in the same way.
-    parent._tracker.unlock()
-    try:
-        setattr(parent, attribute, layer)
-    finally:
-        parent._tracker.lock()
+    _set(parent, attribute, layer)
     others = [tracked for tracked in parent._layers if tracked is not layer]
     parent._layers[:] = [layer if tracked is old else tracked for tracked in others]
 
 
+def _set(parent: keras.layers.Layer, attribute: str, value: Any) -> None:
+    """Sets an attribute of a built layer."""
+    # Keras locks a built layer's tracker; its own enable_lora unlocks it in the same way.
+    parent._tracker.unlock()
+    try:
+        setattr(parent, attribute, value)
+    finally:
+        parent._tracker.lock()
+
+
 def replace_in_graph(model: keras.Model, old: keras.layers.Layer, new: keras.layers.Layer) -> None:
-    """Puts a layer in another's place in the graphs of functional models, and wherever it is an attribute.
+    """Puts a layer in another's place wherever a model holds it: in graphs, attributes, lists and dictionaries.
 
     A functional model is a graph of nodes, each of which calls a layer. Inputs and outputs of the new layer must be
     those of the old one.
@@ -44,8 +50,9 @@ def replace_in_graph(model: keras.Model, old: keras.layers.Layer, new: keras.lay
         old: A layer of the model.
         new: A built layer.
     """
+    parents = _holders(model)
     for number, node in enumerate(old._inbound_nodes):
-        for parent in (model, *model._flatten_layers()):
+        for parent in parents:
             nodes: set[str] = getattr(parent, "_nodes", set())  # keys of a layer's identity and the number of its call
             if (key := _key(old, number)) in nodes:
                 nodes.discard(key)
@@ -56,14 +63,50 @@ def replace_in_graph(model: keras.Model, old: keras.layers.Layer, new: keras.lay
                 tensor._keras_history = tensor._keras_history._replace(operation=new)
     new._inbound_nodes, new._outbound_nodes = list(old._inbound_nodes), list(old._outbound_nodes)
     old._inbound_nodes, old._outbound_nodes = [], []
-    for parent in [model, *model._flatten_layers()]:
+    for parent in parents:
+        tracks = any(layer is old for layer in parent._layers)
         for attribute, value in list(vars(parent).items()):
             if value is old:
                 replace(parent, attribute, new)
-        for listed in (parent._layers, getattr(parent, "_operations", [])):
-            listed[:] = [new if entry is old else entry for entry in listed]
-        for operations in getattr(parent, "_operations_by_depth", {}).values():
-            operations[:] = [new if entry is old else entry for entry in operations]
+            elif not tracks or attribute == "_layers":
+                continue  # what holds a layer in a list tracks it in `_layers`, which comes last
+            elif isinstance(value, tuple) and (swapped := _in_tuple(value, old, new)) is not value:
+                _set(parent, attribute, swapped)
+            else:
+                _in_container(value, old, new)
+        _in_container(parent._layers, old, new)
+
+
+def _holders(model: keras.layers.Layer) -> list[Any]:
+    """Whatever may hold a layer of a model: its layers, and the functional model that a `Sequential` runs."""
+    layers = list({id(layer): layer for layer in (model, *model._flatten_layers())}.values())
+    hidden = [getattr(layer, "_functional", None) for layer in layers if isinstance(layer, keras.Sequential)]
+    return layers + [functional for functional in hidden if functional is not None]
+
+
+def _in_container(value: Any, old: keras.layers.Layer, new: keras.layers.Layer) -> None:
+    """Puts a layer in another's place in a list or dictionary, and in those inside it."""
+    if not isinstance(value, list | dict):
+        return
+    for key, entry in list(enumerate(value) if isinstance(value, list) else value.items()):
+        if entry is old:
+            # `dict`'s own: Keras's dictionaries would add the layer to what a built model tracks, which is locked.
+            dict.__setitem__(value, key, new) if isinstance(value, dict) else value.__setitem__(key, new)
+        elif isinstance(entry, tuple) and (swapped := _in_tuple(entry, old, new)) is not entry:
+            dict.__setitem__(value, key, swapped) if isinstance(value, dict) else value.__setitem__(key, swapped)
+        else:
+            _in_container(entry, old, new)
+
+
+def _in_tuple(value: tuple, old: keras.layers.Layer, new: keras.layers.Layer) -> tuple:
+    """The tuple with a layer in another's place: a new one if it holds the old layer."""
+    entries = [_in_tuple(entry, old, new) if isinstance(entry, tuple) else entry for entry in value]
+    for entry in entries:
+        _in_container(entry, old, new)
+    entries = [new if entry is old else entry for entry in entries]
+    if all(entry is was for entry, was in zip(entries, value, strict=True)):
+        return value
+    return type(value)(*entries) if hasattr(value, "_fields") else type(value)(entries)
 
 
 def _key(layer: keras.layers.Layer, number: int) -> str:

@@ -20,11 +20,13 @@ _MODULES: dict[str, list[str]] = {
         "adapt",
         "apply_lora",
         "lora_layers",
+        "trained_weights",
         "merge_lora",
         "unmerge_lora",
         "detach_lora",
     ],
     "layer": ["LoRALayer", "LoRADense", "LoRAEinsumDense"],
+    "plain": ["named_layers", "targeted_layers", "trained_layers"],
     "products": ["WithLoRA", "WithDoRA"],
     "low_rank": [
         "Step",

@@ -30,7 +30,7 @@ class LoRALayer(keras.layers.Layer):
 
     Invariants: `base` is frozen; `lora_a` is (d_in, rank) and `lora_b` is (rank, d_out), both
     float32; while `merged` is True the base kernel holds kernel + delta (with DoRA, scaled) and the layer adds
-    nothing. Scaling and merged are variables. With DoRA `magnitude` (d_out,) is trained too, and `kernel_squares`
+    nothing. `activation` is the base's, which has none meanwhile. Scaling and merged are variables. With DoRA `magnitude` (d_out,) is trained too, and `kernel_squares`
     (d_out,) says how long the base kernel's columns are while it is not merged.
     """
 
@@ -69,6 +69,10 @@ class LoRALayer(keras.layers.Layer):
         self._add_state()
         if dora:
             self._add_magnitude()
+        self.supports_masking = base.supports_masking
+        # The activation comes after the sum, so it moves from the base to this layer.
+        self.activation = base.activation
+        base.activation = keras.activations.linear
         self.built = True
 
     @property
@@ -158,12 +162,18 @@ class LoRALayer(keras.layers.Layer):
         return self.product().dense()
 
     def call(self, inputs, training=None):
+        y = self._sum(inputs, training)
+        return y if self.activation is None else self.activation(y)
+
+    def _sum(self, inputs, training):
+        """What comes before the activation."""
         inputs = ops.convert_to_tensor(inputs)  # a NumPy array of float64 becomes what JAX computes in
         merged = self.is_merged.value
         if not isinstance(merged, jax.core.Tracer):
             return self.base(inputs) if bool(merged) else self._adapted(inputs, bool(training))
         # In a compiled program both are there, and one is run: a merged layer costs what its base costs.
-        return jax.lax.cond(merged, self.base, lambda x: self._adapted(x, bool(training)), inputs)
+        # New functions each time: JAX keeps what it traced of a function, and here that holds the variables' tracers.
+        return jax.lax.cond(merged, lambda x: self.base(x), lambda x: self._adapted(x, bool(training)), inputs)
 
     def _adapted(self, inputs, training: bool):
         """With the update beside the base, which is called as it is: not a bit changes while B is zero."""
@@ -204,8 +214,13 @@ class LoRALayer(keras.layers.Layer):
 
     def get_config(self):
         config = super().get_config()
+        self.base.activation = self.activation
+        try:
+            base = keras.saving.serialize_keras_object(self.base)
+        finally:
+            self.base.activation = keras.activations.linear
         return config | {
-            "base": keras.saving.serialize_keras_object(self.base),
+            "base": base,
             "rank": self.rank,
             "alpha": self.alpha,
             "dropout": self.dropout_rate,
@@ -251,31 +266,17 @@ class LoRADense(LoRALayer):
         if not isinstance(base, keras.layers.Dense):
             raise ValueError(f"`base` must be a keras.layers.Dense. Received: {type(base).__name__}")
         super().__init__(base, rank, **kwargs)
-        # The activation comes after the sum, so it moves from the base to this layer.
-        self.activation = base.activation
-        base.activation = keras.activations.linear
-
-    def call(self, inputs, training=None):
-        return self.activation(super().call(inputs, training=training))
-
-    def get_config(self):
-        self.base.activation = self.activation
-        try:
-            return super().get_config()
-        finally:
-            self.base.activation = keras.activations.linear
 
 
 @keras.saving.register_keras_serializable(package="gemma_lora")
 class LoRAEinsumDense(LoRALayer):
-    """A frozen `keras.layers.EinsumDense` with a trainable low-rank update.
+    """A frozen `keras.layers.EinsumDense` with a trainable low-rank update, added before bias and activation.
 
     Heads are flattened into `d_out` (or `d_in` for the attention output), so A and B have the
     paper's and PEFT's shapes, unlike `EinsumDense.enable_lora`, whose A has one slice a head.
 
     Args:
-        base: A built `EinsumDense` without activation, whose equation is a matrix product over the
-            input's last axes. It is frozen.
+        base: A built `EinsumDense` whose equation is a matrix product over the input's last axes. It is frozen.
         rank, alpha, dropout, rslora, dora, seed: As in `LoRADense`.
 
     Example:
@@ -289,7 +290,5 @@ class LoRAEinsumDense(LoRALayer):
     def __init__(self, base, rank, **kwargs):
         if not isinstance(base, keras.layers.EinsumDense):
             raise ValueError(f"`base` must be a keras.layers.EinsumDense. Received: {type(base).__name__}")
-        if base.activation is not keras.activations.linear:
-            raise ValueError(f"Layer {base.name!r} has an activation; LoRA is added before it and cannot be.")
         linear.einsum_axes(base.equation)  # raises if it is no matrix product
         super().__init__(base, rank, **kwargs)

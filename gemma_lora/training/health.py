@@ -1,9 +1,10 @@
 """Checks that a training is the training you mean: each does something to it and looks at what follows.
 
 A loss that falls says little: it falls for wrong gradients, for targets that nobody wanted and for layers that should
-have been frozen. These functions take a compiled Keras model and one batch, `(x, y, sample_weight)` as `fit` takes it,
-and give the model back as it was: weights, optimizer and random states. `FineTuner` and any other `keras.Model` will
-do; from a KerasHub model take the preprocessor off first (`model.preprocessor = None`), since the batch is arrays.
+have been frozen. These functions take a compiled Keras model and one batch as `fit` takes it, `(x, y)` or
+`(x, y, sample_weight)`, and give the model back as it was: weights, optimizer and random states. `FineTuner` and any
+other `keras.Model` will do; from a KerasHub model take the preprocessor off first (`model.preprocessor = None`), since
+the batch is arrays.
 
 None of them proves a training right. `gradient_is_right`, for instance, cannot see a part of the gradient that is
 missing altogether (`trains_what_it_should` does). They catch what lesson 12 shows, and are cheap: a few steps each.
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -21,9 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_lora.base.keras_on_jax import keras
+from gemma_lora.lora.apply import lora_layers, trained_weights
 
-#: `(x, y, sample_weight)`; x is an array or a dictionary of arrays.
-Batch = tuple[Any, Any, Any]
+#: `(x, y)` or `(x, y, sample_weight)`; x is an array or a dictionary of arrays.
+Batch = tuple[Any, Any] | tuple[Any, Any, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +58,13 @@ def _given_back(model: keras.Model) -> Iterator[None]:
     finally:
         for variable, value in zip(variables, before, strict=True):
             variable.assign(value)
+
+
+def _parts(batch: Batch) -> tuple[Any, Any, Any]:
+    """`(x, y, sample_weight)`, with None for weights that are not given."""
+    if not isinstance(batch, tuple | list) or len(batch) not in (2, 3):
+        raise ValueError(f"`batch` must be (x, y) or (x, y, sample_weight). Received: {type(batch).__name__}")
+    return batch[0], batch[1], batch[2] if len(batch) == 3 else None
 
 
 def _loss(model: keras.Model, batch: Batch) -> float:
@@ -108,7 +117,8 @@ def trains_what_it_should(
     Args:
         model, batch, steps: As in `what_moves`.
         should: Tells of a weight's path whether training is to change it. By default, LoRA's A and B where the model
-            has any (`lora` in the weight's own name), otherwise all weights.
+            has any (`lora` in the weight's own name), with the layers that `apply_lora` was told to `train`; otherwise
+            all weights but statistics, such as those of `Normalization`, which may move or not.
 
     Returns:
         A `Finding`. It names weights that should move and do not, weights that move and should not, and 16-bit weights
@@ -116,8 +126,8 @@ def trains_what_it_should(
     """
     shares = what_moves(model, batch, steps)
     if should is None:
-        has_lora = any(_is_lora(path) for path in shares)
-        should = _is_lora if has_lora else lambda path: True
+        should, either = _default(model, shares)
+        shares = {path: share for path, share in shares.items() if path not in either}
     wrong = []
     if not any(should(path) for path in shares):
         wrong.append("there is nothing of what should move")
@@ -125,7 +135,7 @@ def trains_what_it_should(
         wrong.append(f"{_some(still)} should move and does not")
     if astray := [path for path, share in shares.items() if not should(path) and share]:
         wrong.append(f"{_some(astray)} moves and should not")
-    kinds = dict(zip(shares, (str(weight.dtype) for weight in model.weights), strict=True))
+    kinds = dict(zip(_paths(model.weights), (str(weight.dtype) for weight in model.weights), strict=True))
     coarse = [path for path, share in shares.items() if 0 < share < 0.5 and kinds[path] in ("bfloat16", "float16")]
     if coarse:
         wrong.append(f"most numbers of {_some(coarse)} stand still in {kinds[coarse[0]]}")
@@ -134,8 +144,21 @@ def trains_what_it_should(
     return Finding("trains what it should", not wrong, says)
 
 
+def _default(model: keras.Model, paths: Iterable[str]) -> tuple[Callable[[str], bool], set[str]]:
+    """What should move if nobody says it, and the paths of weights that may move or not."""
+    weights = dict(zip(paths, model.weights, strict=True))
+    if any(_is_lora(path) for path in weights):
+        trained = {id(weight) for weight in trained_weights(model)}
+        return lambda path: _is_lora(path) or id(weights[path]) in trained, set()
+    # Keras keeps what a layer made as no weight to train apart, whatever has been frozen since.
+    statistics = {id(weight) for layer in model._flatten_layers() for weight in layer._non_trainable_variables}
+    return lambda path: True, {path for path, weight in weights.items() if id(weight) in statistics}
+
+
 def _is_lora(path: str) -> bool:
-    return "lora" in path.rsplit("/", 1)[-1]
+    """Whether a weight is LoRA's, Keras's own or ours, or DoRA's magnitude."""
+    name = path.rsplit("/", 1)[-1]
+    return "lora" in name or name == "magnitude"
 
 
 def _some(paths: list[str]) -> str:
@@ -148,7 +171,7 @@ def loss_and_gradient(model: keras.Model, batch: Batch) -> tuple[Callable[[list]
     Returns:
         `(loss, gradient)`: a compiled function of a list of arrays, one for each trainable weight, and such a list.
     """
-    x, y, weights = batch
+    x, y, weights = _parts(batch)
     fixed = [variable.value for variable in model.non_trainable_variables]
     metrics = [variable.value for variable in model.metrics_variables]
 
@@ -171,9 +194,13 @@ def slope_ratio(model: keras.Model, batch: Batch, change: float = 0.02) -> float
         change: Float, a small share.
 
     Returns:
-        Float; nan if the gradient is zero.
+        Float; nan if the gradient is zero. DoRA's A and B are left out of g: it stops a part of their gradient on
+        purpose.
     """
     loss, gradient = loss_and_gradient(model, batch)
+    stopped = {id(factor) for layer in lora_layers(model) if layer.dora for factor in (layer.lora_a, layer.lora_b)}
+    pairs = zip(model.trainable_variables, gradient, strict=True)
+    gradient = [jnp.zeros_like(part) if id(variable) in stopped else part for variable, part in pairs]
     present = [variable.value for variable in model.trainable_variables]
     length = float(jnp.sqrt(sum(jnp.sum(jnp.square(part.astype("float32"))) for part in gradient)))
     if not length:
@@ -195,25 +222,34 @@ def gradient_is_right(model: keras.Model, batch: Batch, tolerance: float = 0.2) 
     return Finding("gradient is right", abs(ratio - 1) <= tolerance, says)
 
 
-def overfits_one_batch(model: keras.Model, batch: Batch, steps: int = 100, to: float = 0.2) -> Finding:
+def overfits_one_batch(
+    model: keras.Model, batch: Batch, steps: int = 100, to: float = 0.2, rounds: int = 10
+) -> Finding:
     """Whether training on this batch alone brings its loss down to a share of what it was.
 
-    A model that cannot learn a few examples by heart has something in its way. (Or too small a learning rate, or too
-    few steps: then the loss has come down part of the way. Frozen embeddings and a frozen last norm bound the logits,
-    and so the loss from below.)
+    A model that cannot learn a few examples by heart has something in its way. (Or too small a learning rate: then the
+    loss has come down part of the way. Frozen embeddings and a frozen last norm bound the logits, and so the loss from
+    below.)
 
     Args:
         model: A compiled model.
         batch: `(x, y, sample_weight)`, a few examples.
-        steps: Integer, training steps.
+        steps: Integer, training steps in a round.
         to: Float, the share that must be reached.
+        rounds: Integer, the most rounds. There is another one while the share is not reached and the last round has
+            brought the loss down by a hundredth or more.
     """
-    before = _loss(model, batch)
+    before = after = _loss(model, batch)
+    taken = 0
     with _given_back(model):
-        for _ in range(steps):
-            _step(model, batch)
-        after = _loss(model, batch)
-    return Finding("overfits one batch", after <= to * before, f"{before:.3g} becomes {after:.3g} in {steps} steps")
+        for _ in range(rounds):
+            last = after
+            for _ in range(steps):
+                _step(model, batch)
+            after, taken = _loss(model, batch), taken + steps
+            if after <= to * before or not after < 0.99 * last:
+                break
+    return Finding("overfits one batch", after <= to * before, f"{before:.3g} becomes {after:.3g} in {taken} steps")
 
 
 def evaluates_alike(model: keras.Model, batch: Batch) -> Finding:
@@ -230,13 +266,17 @@ def padding_is_free(model: keras.Model, batch: Batch, extra: int = 8, tolerance:
 
     Args:
         model: A compiled model over rows of any length, (B, T, …).
-        batch: `(x, y, sample_weight)` with T on axis 1 of every array; 0 is padding.
+        batch: `(x, y, sample_weight)` with T on axis 1 of x; arrays without it, such as a label per row, stay as they
+            are. 0 is padding.
         extra: Integer, positions to add.
         tolerance: Float, relative.
     """
+    length = np.shape(jax.tree.leaves(batch[0])[0])[1]
 
     def longer(array):
         array = np.asarray(array)
+        if array.shape[1:2] != (length,):
+            return array
         return np.pad(array, [(0, 0), (0, extra)] + [(0, 0)] * (array.ndim - 2))
 
     before = _loss(model, batch)
@@ -258,7 +298,8 @@ def neighbours_are_unseen(model: keras.Model, batch: Batch, tolerance: float = 1
     Raises:
         ValueError: If no row holds two examples.
     """
-    x, y, weights = batch
+    x, y, weights = _parts(batch)
+    weights = np.ones(np.shape(y)) if weights is None else weights
     tokens, segments = np.asarray(x["token_ids"]), np.asarray(x["padding_mask"]).astype(int)
     last = segments.max(axis=1, keepdims=True)
     if last.max() < 2:
@@ -269,6 +310,17 @@ def neighbours_are_unseen(model: keras.Model, batch: Batch, tolerance: float = 1
     after = _loss(model, (x | {"token_ids": others}, y, weights))
     says = f"loss of each row's last example {before:.4g}, after others instead of its neighbours {after:.4g}"
     return Finding("neighbours are unseen", abs(after - before) <= tolerance * abs(before), says)
+
+
+def _has_padding(x: Any, y: Any, weights: Any) -> bool:
+    """Whether a batch's rows are tokens that more padding may follow, and not, say, the features of a classifier."""
+    if isinstance(x, dict) and "padding_mask" in x:
+        return True
+    tokens = jax.tree.leaves(x)[0]
+    if not np.issubdtype(np.asarray(tokens).dtype, np.integer) and np.ndim(weights) < 2:
+        return False
+    targets = [np.shape(array)[1:2] for array in (y, weights) if array is not None]
+    return np.ndim(tokens) >= 2 and np.shape(tokens)[1:2] in targets
 
 
 def pieces(batch: Batch, tokenizer: Any) -> list[list[tuple[str, bool]]]:
@@ -282,7 +334,8 @@ def pieces(batch: Batch, tokenizer: Any) -> list[list[tuple[str, bool]]]:
         A list a row of `(token, whether it carries loss)`, to the last token that is read or carries loss. Where loss
         is carried the target stands, elsewhere the token that is read.
     """
-    x, y, weights = batch
+    x, y, weights = _parts(batch)
+    weights = np.ones(np.shape(y)) if weights is None else weights
     tokens, targets, weights = np.asarray(x["token_ids"]), np.asarray(y), np.asarray(weights)
     read = np.asarray(x.get("padding_mask", tokens != 0)).astype(bool)
     after = np.concatenate([read[:, 1:], np.zeros_like(read[:, :1])], axis=1)  # whether the next token is read
@@ -314,7 +367,8 @@ def check(model: keras.Model, batch: Batch, should: Callable[[str], bool] | None
 
     Args:
         model: A compiled model.
-        batch: `(x, y, sample_weight)`, rows (B, T); neighbours are looked at where the padding mask numbers them.
+        batch: `(x, y)` or `(x, y, sample_weight)`. Padding is looked at in rows of tokens (B, T): those with a padding
+            mask, or with a target or a weight per token. Neighbours are where the padding mask numbers them.
         should: As in `trains_what_it_should`.
     """
     found = [
@@ -322,9 +376,10 @@ def check(model: keras.Model, batch: Batch, should: Callable[[str], bool] | None
         gradient_is_right(model, batch),
         overfits_one_batch(model, batch),
         evaluates_alike(model, batch),
-        padding_is_free(model, batch),
     ]
-    x = batch[0]
+    x, y, weights = _parts(batch)
+    if _has_padding(x, y, weights):
+        found.append(padding_is_free(model, batch))
     if isinstance(x, dict) and np.max(x.get("padding_mask", 0)) > 1:
         found.append(neighbours_are_unseen(model, batch))
     return found

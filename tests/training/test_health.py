@@ -79,6 +79,58 @@ def test_it_looks_at_a_fine_tuner_too():
     assert "neighbours are unseen" in [finding.check for finding in found]
 
 
+def classifier(lora=None, rate=0.01):
+    """A classifier with everything that moves without being trained, and a batch `(x, y)` for it."""
+    keras.utils.set_random_seed(0)
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(16, 5)).astype("float32"), rng.integers(0, 3, 16)
+    normalization = keras.layers.Normalization()
+    normalization.adapt(x)
+    hidden = [keras.layers.Dense(16, "relu", name="first"), keras.layers.BatchNormalization(name="norm")]
+    more = [keras.layers.Dropout(0.1), keras.layers.Dense(3, name="head")]
+    model = keras.Sequential([keras.Input((5,)), normalization, *hidden, *more])
+    if lora is not None:
+        apply_lora(model, rank=4, **lora)
+    model.compile(keras.optimizers.Adam(rate), mean_loss(), metrics=["accuracy"])
+    return model, (x, y)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [None, {}, {"targets": "first", "train": "head"}, {"targets": "first", "dora": True}])
+def test_a_classifiers_batch_of_two_raises_no_alarm(lora):
+    model, batch = classifier(lora)
+    found = health.check(model, batch)
+    assert [str(finding) for finding in found if not finding.fine] == []
+    assert "padding is free" not in [finding.check for finding in found]  # its features are no tokens
+
+
+@pytest.mark.slow
+def test_averages_that_move_beside_lora_are_named():
+    model, batch = classifier({})
+    model.get_layer("norm").trainable = True
+    model.compile(keras.optimizers.Adam(0.01), mean_loss())
+    finding = health.trains_what_it_should(model, batch)
+    assert not finding.fine and "norm/" in finding.says and "should not" in finding.says
+
+
+@pytest.mark.slow
+def test_a_slow_training_that_gets_there_is_no_alarm():
+    model, batch = classifier({}, rate=1e-3)
+    assert not health.overfits_one_batch(model, batch, rounds=1).fine
+    finding = health.overfits_one_batch(model, batch)
+    assert finding.fine and "in 100 steps" not in finding.says
+
+
+def test_padding_is_for_tokens():
+    tokens, labels = np.ones((4, 6), "int32"), np.ones(4, "int32")
+    mask = {"token_ids": tokens, "padding_mask": tokens}
+    assert health._has_padding(mask, labels, None) and health._has_padding(tokens, tokens, None)
+    assert health._has_padding(np.ones((4, 6, 2)), tokens, np.ones((4, 6)))
+    assert not health._has_padding(tokens, labels, None) and not health._has_padding(np.ones((4, 6)), tokens, None)
+    with pytest.raises(ValueError, match="`batch`"):
+        health._parts((tokens,))
+
+
 # --- trains what it should ---------------------------------------------------------------------------------
 
 
