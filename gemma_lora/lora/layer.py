@@ -30,8 +30,9 @@ class LoRALayer(keras.layers.Layer):
 
     Invariants: `base` is frozen; `lora_a` is (d_in, rank) and `lora_b` is (rank, d_out), both
     float32; while `merged` is True the base kernel holds kernel + delta (with DoRA, scaled) and the layer adds
-    nothing. `activation` is the base's, which has none meanwhile. Scaling and merged are variables. With DoRA `magnitude` (d_out,) is trained too, and `kernel_squares`
-    (d_out,) says how long the base kernel's columns are while it is not merged.
+    nothing. `activation` is the base's, which has none meanwhile. Scaling and merged are variables. With DoRA
+    `magnitude` (d_out,) is trained too, and `kernel_squares` (d_out,) says how long the base kernel's columns are while
+    it is not merged.
     """
 
     def __init__(
