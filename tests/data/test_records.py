@@ -201,6 +201,10 @@ def test_what_is_refused_says_why(name):
         ({"prompt": "a", "response": "b", "history": []}, ["a", "b"]),
         ({"prompt": "a", "response": "b", "history": [USER, MODEL]}, ["u", "m", "a", "b"]),
         ({"prompt": "a", "response": "b", "history": '[["u", "m"]]'}, ["u", "m", "a", "b"]),
+        (
+            {"prompt": "a", "response": "b", "history": [{"role": "system", "content": "s"}, USER, MODEL]},
+            ["s\n\nu", "m", "a", "b"],
+        ),
         ({"prompt": [USER, MODEL, USER], "completion": [MODEL]}, ["u", "m", "u", "m"]),
         ({"messages": [USER | {"content": ["a", {"text": "b"}]}, MODEL]}, ["a\nb", "m"]),
         ({"messages": [USER | {"content": [{"type": "text", "text": "a "}, "b"]}, MODEL]}, ["a b", "m"]),
