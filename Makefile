@@ -83,9 +83,11 @@ lab: env ## open JupyterLab at the lessons (until Ctrl-C; each lesson begins wit
 	@echo "JupyterLab at the lessons, until Ctrl-C. Each lesson begins with its time and memory."
 	$(BIN)/jupyter lab notebooks
 
-data: env ## rebuild data/expenses and compare checksums (1 minute)
-	@echo "Rebuilding data/expenses and comparing checksums: about 1 minute."
+data: env ## rebuild the data sets and compare checksums (1 minute)
+	@echo "Rebuilding data/expenses, data/sales and data/questions and comparing checksums: about 1 minute."
 	$(BIN)/python data/expenses/prepare.py --check
+	$(BIN)/python data/sales/prepare.py --check
+	$(BIN)/python data/questions/prepare.py --check
 
 pins: ## write constraints.txt anew from the newest versions that pyproject.toml allows (5 minutes)
 	@echo "Resolving in a throw-away environment: about 5 minutes, 3.5 GB of disk."

@@ -25,7 +25,7 @@ from gemma_lora.base.keras_on_jax import keras
 from gemma_lora.lora.apply import lora_layers, trained_weights
 
 #: `(x, y)` or `(x, y, sample_weight)`; x is an array or a dictionary of arrays.
-Batch = tuple[Any, Any] | tuple[Any, Any, Any]
+Batch = tuple[Any, ...]
 
 
 @dataclasses.dataclass(frozen=True)
