@@ -109,7 +109,7 @@ def answers_before(
         console.print("[dim]The base model's answers are from before.json.[/]")
         labels = class_names(dataset, settings.metric)
         again = {
-            name: _scored_again(tests[name], settings.metric, labels, **scores)
+            name: _scored_again(tests[name], scores, settings.metric, labels)
             for name, scores in stored["scores"].items()
         }
         return again, stored["english_perplexity"]
@@ -134,12 +134,10 @@ def class_names(dataset: Dataset, metric: str | None) -> list[str]:
     return classes_of([line.response for split in splits for line in split])
 
 
-def _scored_again(
-    split: list[Example], metric: str | None, labels: list[str], answers: list[str], **stored: Any
-) -> Scores:
+def _scored_again(split: list[Example], stored: dict[str, Any], metric: str | None, labels: list[str]) -> Scores:
     """The scores of stored answers. Answers are what took time; scores may have been of another version's form."""
+    answers, cut = stored["answers"], set(stored.get("cut_lines", ()))
     references = [example.response for example in split[: len(answers)]]
-    cut = set(stored.get("cut_lines", ()))
     kept = [number in cut for number in range(len(answers))]
     return score(answers, references, metric, kept, stored.get("losses"), labels)
 

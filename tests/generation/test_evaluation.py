@@ -170,11 +170,12 @@ ENDED = Template("{prompt}\n", "{response}<eos>")
 def test_answers_have_room_for_the_longest_reference_and_cut_ones_are_counted(scripted):
     long = "1, 2, 3, " * 40
     scripted.answers = [long, "x" * 999]
-    found = evaluation.evaluate(scripted, [Example("a", long.strip()), Example("b", "c")], ENDED)
+    lines = [Example("a", long.strip()), Example("b", "c")]
+    found = evaluation.evaluate(scripted, lines, ENDED, metric="exact")
     assert scripted.limit > len(long) + 1
     assert found.exact_match == 0.5 and (found.cut, found.cut_lines) == (1, [1])
     assert found.to_dict()["cut"] == 1
-    found = evaluation.evaluate(scripted, [Example("a", long.strip()), Example("b", "c")], ENDED, max_new_tokens=9)
+    found = evaluation.evaluate(scripted, lines, ENDED, max_new_tokens=9, metric="exact")
     assert (found.cut, scripted.limit) == (2, 9)
 
 

@@ -321,3 +321,45 @@ def test_the_jobs_defaults_are_finetuners_but_for_what_is_faster():
     settings = dataclasses.asdict(job.Settings())
     shared = set(defaults) & set(settings) - {"run_dir", "model"}
     assert {name for name in shared if defaults[name] != settings[name]} <= {"mixed_precision"}
+
+
+@pytest.mark.slow
+def test_chats_with_a_few_answers_are_a_classification_with_its_picture_and_warnings(tmp_path, monkeypatch):
+    def chat(number):
+        turns = ["hi", "hello", f"{number}?", ["yes", "no"][number % 2]]
+        return {"messages": [{"role": ["user", "assistant"][n % 2], "content": t} for n, t in enumerate(turns)]}
+
+    data = tmp_path / "chats"
+    data.mkdir()
+    for name, count in {"train": 12, "validation": 4, "test": 6}.items():
+        jsonl(data / f"{name}.jsonl", [chat(count + n) for n in range(count)])
+    (data / "template.json").write_text(json.dumps(TEMPLATE))
+    settings = job.Settings(data=str(data), run_dir=str(tmp_path / "run"), rank=2, epochs=1, row_length=64)
+    asked: list = []
+    answer = stages.answer
+
+    def watched(model, prompts, *more, **named):
+        asked.append((len(prompts), len(named["shots"]), named["separator"], named["max_new_tokens"]))
+        return answer(model, prompts, *more, **named)
+
+    monkeypatch.setattr(stages, "answer", watched)
+    metrics, shown = run(monkeypatch, settings)
+    assert asked == [(6, 4, "\n", 16), (6, 0, None, 16)]
+    assert metrics["metric"] == "classification" and "Metric: classification (accuracy)" in shown
+    after = metrics["after"]["test"]
+    assert set(after["scores"]) == {"accuracy", "macro F1"} == set(metrics["difference"]["test"])
+    assert sum(map(sum, after["confusion"]["counts"])) == 6
+    assert (tmp_path / "run" / "confusion.png").exists() and "confusion.png" in shown
+    stored = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert stored["warnings"] == metrics["warnings"]
+    for words in ("training step", "validation 4, test 6", "cut off"):  # an untrained model does not stop
+        assert any(words in sentence for sentence in stored["warnings"]) and words in shown
+    assert stored["lines"] == {"train": 12, "validation": 4}
+    first = json.loads((tmp_path / "run" / "answers.jsonl").read_text().splitlines()[0])
+    assert [turn["content"] for turn in first["messages"]] == ["hi", "hello", "6?"] and first["after_cut"] is True
+    # A run that was stopped takes the base's answers from before.json, and scores them anew.
+    model, dataset = small_model(), job.load_dataset(str(data))
+    resumed = dataclasses.replace(settings, metric="classification")
+    before, _ = stages.answers_before(model, dataset, dataset.tests, resumed, Console(file=io.StringIO()))
+    assert json.loads(json.dumps(before["test"].to_dict())) == stored["before"]["test"]
+    assert len(asked) == 2
