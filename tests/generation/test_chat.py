@@ -87,11 +87,13 @@ def test_few_shapes_are_compiled_and_the_cache_grows_in_steps(monkeypatch):
         return decode(*args, **named)
 
     monkeypatch.setattr(decoding, "_decode_program", noted)
-    chat = gl.Chat(model, max_new_tokens=9)
-    for turn in TURNS * 2:
-        assert chat(turn) == whole(model, chat, max_new_tokens=9)
-    of_chat = {size for size in sizes if size % 64 == 16}
-    assert {80, 144, 208} <= of_chat and len(of_chat) <= 5
+    chat, lengths = gl.Chat(model, max_new_tokens=9), []
+    for turn in ("a" * 20, "b" * 20, "c", "d" * 20, "e" * 20):
+        chat(turn)
+        lengths.append(len(encode_prompt(chat.history[:-1], CharacterTokenizer(), Template.base())))
+    assert lengths[1] <= 64 < lengths[3] <= 128 < lengths[4] + 20
+    assert set(sizes) == {64 * -(-length // 64) + 16 for length in lengths}
+    assert chat.history[-1]["content"] == whole(model, chat, max_new_tokens=9)  # what it had read has moved along
 
 
 @pytest.mark.slow
