@@ -91,7 +91,7 @@ def test_few_shapes_are_compiled_and_the_cache_grows_in_steps(monkeypatch):
     for turn in ("a" * 20, "b" * 20, "c", "d" * 20, "e" * 20):
         chat(turn)
         lengths.append(len(encode_prompt(chat.history[:-1], CharacterTokenizer(), Template.base())))
-    assert lengths[1] <= 64 < lengths[3] <= 128 < lengths[4] + 20
+    assert 2 <= len(set(sizes)) < len(sizes)
     assert set(sizes) == {64 * -(-length // 64) + 16 for length in lengths}
     assert chat.history[-1]["content"] == whole(model, chat, max_new_tokens=9)  # what it had read has moved along
 
