@@ -31,7 +31,7 @@ app = typer.Typer(
 
 
 def _option(name: str, answering: bool = False) -> inspect.Parameter:
-    """A command's parameter for a field of `Settings` or `Answering`: type, default, bounds and help are the field's."""
+    """A command's parameter for a field of `Settings` or `Answering`: type, default, bounds, help are the field's."""
     fields, of = (ANSWERING_FIELDS, Answering) if answering else (FIELDS, Settings)
     field = fields[name]
     hint: Any = str if name == "targets" else get_type_hints(of)[name]  # several names come in one word
