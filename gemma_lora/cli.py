@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import os
 import re
@@ -31,9 +30,10 @@ app = typer.Typer(
 # --- options made from settings ----------------------------------------------------------------------------
 
 
-def _option(name: str, of: type = Settings) -> inspect.Parameter:
-    """A command's parameter for a field of `Settings`: its type, default, bounds and help are the field's."""
-    field = next(field for field in dataclasses.fields(of) if field.name == name)
+def _option(name: str, answering: bool = False) -> inspect.Parameter:
+    """A command's parameter for a field of `Settings` or `Answering`: type, default, bounds, help are the field's."""
+    fields, of = (ANSWERING_FIELDS, Answering) if answering else (FIELDS, Settings)
+    field = fields[name]
     hint: Any = str if name == "targets" else get_type_hints(of)[name]  # several names come in one word
     declared = [_dashed(name)] if field.metadata.get("flag") else []
     bounds = {bound: field.metadata[bound] for bound in ("min", "max") if bound in field.metadata}
@@ -68,7 +68,7 @@ def _takes(*names: str, answering: bool = False) -> Callable[[Callable[..., None
                 raise GemmaLoraError(_as_options(str(error))) from None
             command(**given, **settings)
 
-        options = [_option(name) for name in names] + [_option(name, Answering) for name in more]
+        options = [_option(name) for name in names] + [_option(name, answering=True) for name in more]
         parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in first] + options + last
         checked.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         checked.__annotations__ = {p.name: p.annotation for p in parameters}

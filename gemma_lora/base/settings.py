@@ -166,7 +166,7 @@ class Answering:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            object.__setattr__(self, name, _checked(name, value, Answering))
+            object.__setattr__(self, name, _checked(name, value, answering=True))
         if self.temperature == 0 and (self.top_k, self.top_p) != (None, None):
             raise ValueError(
                 "`top_k` and `top_p` say what is drawn from. Give a `temperature` above 0 too. "
@@ -270,9 +270,9 @@ def layer_patterns(patterns: str | Sequence[str], argument: str = "targets") -> 
     return tuple(dict.fromkeys(names))
 
 
-def _checked(name: str, value: Any, of: type = Settings) -> Any:
+def _checked(name: str, value: Any, answering: bool = False) -> Any:
     """One value, as `Settings` or `Answering` holds it."""
-    fields = {field.name: field for field in dataclasses.fields(of)}
+    of, fields = (Answering, ANSWERING_FIELDS) if answering else (Settings, FIELDS)
     if name not in fields:
         raise TypeError(f"no setting is called {name!r}. There are {', '.join(fields)}.")
     if name == "targets":

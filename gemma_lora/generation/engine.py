@@ -46,7 +46,8 @@ def generate(
     seed: int = GREEDY.seed,
     stop: str | Sequence[str] = (),
     stream: Literal[False] = False,
-) -> list[str]: ...
+) -> list[str]:
+    """All answers, in a list."""
 
 
 @overload
@@ -65,7 +66,8 @@ def generate(
     seed: int = GREEDY.seed,
     stop: str | Sequence[str] = (),
     stream: Literal[True],
-) -> Iterator[str]: ...
+) -> Iterator[str]:
+    """One answer, as it is made."""
 
 
 def generate(
