@@ -121,6 +121,7 @@ class FineTuner(SteppedModel):
         self._check_model()
         _mark_built(getattr(model, "preprocessor", None))
         self._round_kernels(self.choice.mixed_precision)
+        self.built = True  # all its parts are; Keras would trace the model once more to find that out
         self.run_dir = Path(run_dir) if run_dir else None
         self.log: TrainingLog | None = None
         self._fitted_chunk: tuple[tuple[int, ...], int] | None = None  # (rows, row_length) of `fit`'s batches, chunk
