@@ -82,7 +82,7 @@ def _run(
     claim(asked, digest, chosen)
     tests = dataset.tests or {"validation": dataset.validation}
     before, english_before = stages.answers_before(model, dataset, tests, settings, console)
-    log, training_seconds = stages.train(model, dataset, settings)
+    log, training_seconds, epochs = stages.train(model, dataset, settings, encoded)
     after = stages.answer_all(model, tests, dataset.template, settings, console, "fine-tuned")
     metrics = {
         "before": {name: scores.to_dict() for name, scores in before.items()},
@@ -90,6 +90,7 @@ def _run(
         "english_perplexity": {"before": english_before, "after": stages.english_perplexity(model)},
         "training_seconds": round(training_seconds, 1),
         "training_steps": len(log),
+        "training": epochs,
         "seconds": round(time.perf_counter() - started, 1),
         **stages.circumstances(settings),
     }

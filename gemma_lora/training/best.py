@@ -52,3 +52,4 @@ class KeepBest(keras.callbacks.Callback):
     def on_train_end(self, logs=None):
         for variable, value in zip(self.model.trainable_variables, self.weights, strict=bool(self.weights)):
             variable.assign(value)
+        self.weights = []

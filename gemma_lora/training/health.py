@@ -1,7 +1,7 @@
 """Checks that a training is the training you mean: each does something to it and looks at what follows.
 
 A loss that falls says little: it falls for wrong gradients, for targets that nobody wanted and for layers that should
-have been frozen. These functions take a compiled Keras model and one batch, `(x, y, sample_weight)` as `fit` takes it,
+have been frozen. These functions take a Keras model and one batch, `(x, y, sample_weight)` as `fit` takes it,
 and give the model back as it was: weights, optimizer and random states. `FineTuner` and any other `keras.Model` will
 do; from a KerasHub model take the preprocessor off first (`model.preprocessor = None`), since the batch is arrays.
 
@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_lora.base.keras_on_jax import keras
+from gemma_lora.training.steps import SteppedModel
 
 #: `(x, y, sample_weight)`; x is an array or a dictionary of arrays.
 Batch = tuple[Any, Any, Any]
@@ -44,18 +45,31 @@ class Finding:
         return f"{'✓' if self.fine else '✗'} {self.check}: {self.says}"
 
 
+#: The loss of a batch that is known by heart, in nats a token: the right token has 95 percent.
+_BY_HEART = 0.05
+#: A loss below this is too small, in float32, to tell what changes it; in nats a token.
+_SMALL = 1e-3
+
+
 @contextlib.contextmanager
 def _given_back(model: keras.Model) -> Iterator[None]:
-    """Within, the model may be trained; afterwards its variables and the optimizer's are as before."""
-    if not model.optimizer.built:
-        model.optimizer.build(model.trainable_variables)
-    variables = [*model.variables, *model.optimizer.variables]
-    before = [np.array(variable.value) for variable in variables]
-    try:
-        yield
-    finally:
-        for variable, value in zip(variables, before, strict=True):
-            variable.assign(value)
+    """Within, the model may be trained; afterwards its variables and the optimizer's are as before.
+
+    A `FineTuner` without an optimizer of the caller's trains at its constant rate: the schedule of a `fit` that is over
+    stands at zero.
+    """
+    with model.trial() if isinstance(model, SteppedModel) else contextlib.nullcontext():
+        if isinstance(model, SteppedModel):
+            model.build_optimizer()
+        elif not model.optimizer.built:
+            model.optimizer.build(model.trainable_variables)
+        variables = [*model.variables, *model.optimizer.variables]
+        before = [np.array(variable.value) for variable in variables]
+        try:
+            yield
+        finally:
+            for variable, value in zip(variables, before, strict=True):
+                variable.assign(value)
 
 
 def _loss(model: keras.Model, batch: Batch) -> float:
@@ -107,8 +121,9 @@ def trains_what_it_should(
 
     Args:
         model, batch, steps: As in `what_moves`.
-        should: Tells of a weight's path whether training is to change it. By default, LoRA's A and B where the model
-            has any (`lora` in the weight's own name), otherwise all weights.
+        should: Tells of a weight's path whether training is to change it. By default, LoRA's A and B and DoRA's
+            magnitude where the model has any (`lora` in a weight's own name), Houlsby's adapters where it has those,
+            otherwise all weights.
 
     Returns:
         A `Finding`. It names weights that should move and do not, weights that move and should not, and 16-bit weights
@@ -116,8 +131,8 @@ def trains_what_it_should(
     """
     shares = what_moves(model, batch, steps)
     if should is None:
-        has_lora = any(_is_lora(path) for path in shares)
-        should = _is_lora if has_lora else lambda path: True
+        kinds_of_adapter = (_is_lora, _is_bottleneck)
+        should = next((kind for kind in kinds_of_adapter if any(map(kind, shares))), lambda path: True)
     wrong = []
     if not any(should(path) for path in shares):
         wrong.append("there is nothing of what should move")
@@ -135,7 +150,12 @@ def trains_what_it_should(
 
 
 def _is_lora(path: str) -> bool:
-    return "lora" in path.rsplit("/", 1)[-1]
+    name = path.rsplit("/", 1)[-1].split(" ")[0]
+    return "lora" in name or name == "magnitude"
+
+
+def _is_bottleneck(path: str) -> bool:
+    return path.rsplit("/", 1)[-1].split(" ")[0] in ("down_kernel", "down_bias", "up_kernel", "up_bias")
 
 
 def _some(paths: list[str]) -> str:
@@ -188,6 +208,8 @@ def slope_ratio(model: keras.Model, batch: Batch, change: float = 0.02) -> float
 
 def gradient_is_right(model: keras.Model, batch: Batch, tolerance: float = 0.2) -> Finding:
     """Whether the loss rises along its gradient as steeply as the gradient says: see `slope_ratio`."""
+    if (loss := _loss(model, batch)) < _SMALL:
+        return Finding("gradient is right", True, f"the loss, {loss:.2g}, is too small to measure a slope")
     ratio = slope_ratio(model, batch)
     if np.isnan(ratio):
         return Finding("gradient is right", False, "it is zero everywhere")
@@ -200,7 +222,7 @@ def overfits_one_batch(model: keras.Model, batch: Batch, steps: int = 100, to: f
 
     A model that cannot learn a few examples by heart has something in its way. (Or too small a learning rate, or too
     few steps: then the loss has come down part of the way. Frozen embeddings and a frozen last norm bound the logits,
-    and so the loss from below.)
+    and so the loss from below.) A batch that is known by heart already, after a training, is one it could learn.
 
     Args:
         model: A compiled model.
@@ -213,7 +235,8 @@ def overfits_one_batch(model: keras.Model, batch: Batch, steps: int = 100, to: f
         for _ in range(steps):
             _step(model, batch)
         after = _loss(model, batch)
-    return Finding("overfits one batch", after <= to * before, f"{before:.3g} becomes {after:.3g} in {steps} steps")
+    says = f"{before:.3g} becomes {after:.3g} in {steps} steps"
+    return Finding("overfits one batch", after <= max(to * before, _BY_HEART), says)
 
 
 def evaluates_alike(model: keras.Model, batch: Batch) -> Finding:
@@ -242,7 +265,7 @@ def padding_is_free(model: keras.Model, batch: Batch, extra: int = 8, tolerance:
     before = _loss(model, batch)
     after = _loss(model, jax.tree.map(longer, batch))
     says = f"loss {before:.4g}, with {extra} more places of padding {after:.4g}"
-    return Finding("padding is free", abs(after - before) <= tolerance * abs(before), says)
+    return Finding("padding is free", abs(after - before) <= tolerance * max(abs(before), _SMALL), says)
 
 
 def neighbours_are_unseen(model: keras.Model, batch: Batch, tolerance: float = 1e-4) -> Finding:
@@ -268,7 +291,7 @@ def neighbours_are_unseen(model: keras.Model, batch: Batch, tolerance: float = 1
     before = _loss(model, (x, y, weights))
     after = _loss(model, (x | {"token_ids": others}, y, weights))
     says = f"loss of each row's last example {before:.4g}, after others instead of its neighbours {after:.4g}"
-    return Finding("neighbours are unseen", abs(after - before) <= tolerance * abs(before), says)
+    return Finding("neighbours are unseen", abs(after - before) <= tolerance * max(abs(before), _SMALL), says)
 
 
 def pieces(batch: Batch, tokenizer: Any) -> list[list[tuple[str, bool]]]:

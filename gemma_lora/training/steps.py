@@ -111,7 +111,7 @@ class SteppedModel(keras.Model):
         """Whether nobody has compiled this model with an optimizer of their own."""
         return not self.compiled or self._optimizer_is_default
 
-    def _build_optimizer(self) -> None:
+    def build_optimizer(self) -> None:
         """Makes the optimizer's variables, those that several batches are summed in among them.
 
         Raises:
@@ -134,7 +134,7 @@ class SteppedModel(keras.Model):
 
     def begin_steps(self) -> None:
         """Builds the optimizer; batches that made no step yet, of a training that was broken off, are dropped."""
-        self._build_optimizer()
+        self.build_optimizer()
         if self._accumulation is not None:
             self._accumulation.forget()
 
@@ -236,7 +236,7 @@ class SteppedModel(keras.Model):
         """
         self.check_trainable()
         self._compile_if_needed()
-        self._build_optimizer()
+        self.build_optimizer()
         return super().train_on_batch(x, y, sample_weight, **kwargs)
 
     def test_on_batch(self, x, y=None, sample_weight=None, **kwargs):
