@@ -119,9 +119,13 @@ def fit_lines(
     callbacks: Any,
     validation: Any,
     limit: int | None,
+    prepared: bool,
     given: dict[str, Any],
 ):
-    """`fit` on lines of text; `given` holds Keras's other arguments."""
+    """`fit` on lines of text; `given` holds Keras's other arguments.
+
+    Who `prepared` the tokens has said already what template they have and which lines were left out.
+    """
     callbacks, settings = running.as_list(callbacks), tuner.settings
     first, default = given["initial_epoch"], tuner.chooses_optimizer()
     encoded = dataclasses.replace(encoded, tokens=encoded.tokens[:limit], loss_mask=encoded.loss_mask[:limit])
@@ -133,13 +137,17 @@ def fit_lines(
     steps = optimizer_steps(map(len, packed), settings["accumulate"])
     more = {"epochs": epochs, "limit": limit} | _unusual(tuner, given)
     found, record = _begin(tuner, packed, None if running.sets_the_rate(callbacks) else steps, more)
-    tuner.causal_lm.gemma_lora_template = template_of(tuner.causal_lm, dataset.template)
     run = _Run(tuner, Epochs(packed, first, found.step if found else 0), callbacks, found, record, epochs)
     verbose = 1 if given["verbose"] == "auto" else int(given["verbose"])
     if found and (found.step or found.finished):
         print(run.where())
     elif verbose:
-        print(_plan(tuner, dataset, encoded, packed, steps, validation))
+        if not prepared:
+            about = (template_reason(tuner.causal_lm, dataset.template), f"Training with {tuner.choice}.")
+            skipped = (dataset.skipped_summary, encoded.skipped_summary)
+            print("\n".join(line for line in (*about, *skipped) if line))
+        print(_plan(tuner, encoded, packed, steps, validation))
+    tuner.causal_lm.gemma_lora_template = template_of(tuner.causal_lm, dataset.template)
     if run.finished:
         return run.history()
     keras_given = {name: given[name] for name in _WITH_LINES if name in given}
@@ -191,9 +199,9 @@ def _begin(
     return found, record
 
 
-def _plan(tuner, dataset, encoded, packed, steps, validation) -> str:
-    """What is going to be trained, in a few lines."""
-    model, counts = tuner.causal_lm, sorted({len(one) for one in packed})
+def _plan(tuner: FineTuner, encoded: Encoded, packed: list[list[Batch]], steps: int, validation: Any) -> str:
+    """One line about what is going to be trained."""
+    counts = sorted({len(one) for one in packed})
     batches = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     made = f" that make {steps} steps" if tuner.settings["accumulate"] > 1 else ""
     held = "no validation"
@@ -202,11 +210,7 @@ def _plan(tuner, dataset, encoded, packed, steps, validation) -> str:
     elif validation is not None:
         held = "validation after each"
     epochs = f"{len(packed)} epoch{'s' if len(packed) > 1 else ''}"
-    lines = [template_reason(model, dataset.template), f"Training with {tuner.choice}."]
-    lines.append(f"{len(encoded.tokens)} lines, {epochs} of {batches} batches{made}; {held}.")
-    if encoded.skipped_summary:
-        lines.append(encoded.skipped_summary)
-    return "\n".join(lines)
+    return f"{len(encoded.tokens)} lines, {epochs} of {batches} batches{made}; {held}."
 
 
 def _progress(tuner, callbacks, epochs: int, steps: Any, verbose: int) -> list[keras.callbacks.Callback]:

@@ -346,7 +346,10 @@ class FineTuner(SteppedModel):
         if validation_data is None:
             validation_data = dataset.validation[:limit]
         held = self._validation(validation_data, dataset, skip_bad_lines)
-        return fitting.fit_lines(self, super().fit, dataset, lines_read, callbacks, held, limit, asked | kwargs)
+        prepared = encoded is not None
+        return fitting.fit_lines(
+            self, super().fit, dataset, lines_read, callbacks, held, limit, prepared, asked | kwargs
+        )
 
     def evaluate(self, x=None, y=None, batch_size=None, verbose="auto", sample_weight=None, **kwargs):
         """As `keras.Model.evaluate`, and `x` may be lines of text; needs no `compile`.
