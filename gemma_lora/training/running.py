@@ -115,11 +115,13 @@ def check_callbacks(callbacks: _Callbacks, optimizer: keras.optimizers.Optimizer
                 f"`run_dir` already keeps what {kind} would: a run that was stopped goes on where it stood, in the "
                 f"middle of an epoch too. Use one of the two. Received: run_dir={str(run_dir)!r}"
             )
-        if isinstance(callback, keras.callbacks.TensorBoard) and importlib.util.find_spec("tensorflow") is None:
-            raise GemmaLoraError(
-                f"Keras's {kind} writes with TensorFlow, which is not installed. Install it, or use "
-                "`keras.callbacks.CSVLogger`."
-            )
+        if isinstance(callback, keras.callbacks.TensorBoard):
+            missing = [name for name in ("tensorflow", "tensorboard") if importlib.util.find_spec(name) is None]
+            if missing:
+                raise GemmaLoraError(
+                    f"Keras's {kind} needs {' and '.join(missing)}, which is not installed. Install it "
+                    f"(`pip install {' '.join(missing)}`), or use `keras.callbacks.CSVLogger`."
+                )
     setter = sets_the_rate(callbacks)
     if setter is not None and optimizer is not None and has_schedule(optimizer):
         raise ValueError(

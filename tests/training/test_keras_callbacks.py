@@ -7,9 +7,10 @@ import keras
 import numpy as np
 import pytest
 
+from gemma_lora.base.files import GemmaLoraError
 from gemma_lora.data.dataset import load_dataset
 from gemma_lora.generation.engine import generate
-from gemma_lora.training import KeepBest, WarmupCosine, checkpoint
+from gemma_lora.training import KeepBest, WarmupCosine, checkpoint, running
 from tests.training.conftest import WORDS, arrays, moved, small_gemma, small_tuner, weights_of
 
 RECORDS = [{"prompt": f"say {word}", "response": word} for word in WORDS]
@@ -152,8 +153,7 @@ def test_a_whole_model_and_two_backups_are_refused_before_training(tmp_path):
 
 
 @pytest.mark.slow
-def test_model_checkpoint_csv_and_tensorboard_write_what_there_is(tmp_path):
-    pytest.importorskip("tensorflow")
+def test_model_checkpoint_and_csv_write_what_there_is(tmp_path):
     tuner, kept = small_tuner(), []
     history = tuner.fit(
         RECORDS,
@@ -165,7 +165,6 @@ def test_model_checkpoint_csv_and_tensorboard_write_what_there_is(tmp_path):
                 tmp_path / "{epoch}.weights.h5", save_weights_only=True, save_best_only=True
             ),
             keras.callbacks.CSVLogger(tmp_path / "log.csv"),
-            keras.callbacks.TensorBoard(tmp_path / "board", update_freq=1),
             callback(on_epoch_end=lambda epoch, logs: kept.append(weights_of(tuner))),
         ],
     )
@@ -176,7 +175,23 @@ def test_model_checkpoint_csv_and_tensorboard_write_what_there_is(tmp_path):
     rows = list(csv.DictReader((tmp_path / "log.csv").open()))
     assert [float(row["loss"]) for row in rows] == pytest.approx(history.history["loss"])
     assert [float(row["val_loss"]) for row in rows] == [2.0, 1.0, 3.0]
-    assert list((tmp_path / "board" / "train").glob("events*"))
+
+
+@pytest.mark.slow
+def test_tensorboard_writes_events(tmp_path):
+    pytest.importorskip("tensorboard")
+    board = keras.callbacks.TensorBoard(tmp_path, update_freq=1)
+    small_tuner().fit(RECORDS, epochs=2, verbose=0, callbacks=[board])
+    assert list((tmp_path / "train").glob("events*")) and list((tmp_path / "validation").glob("events*"))
+
+
+def test_tensorboard_that_is_not_installed_is_said_before_training(tmp_path, monkeypatch):
+    """TensorFlow alone is not enough: its scalars are written by the other package."""
+    monkeypatch.setattr(running.importlib.util, "find_spec", lambda name: None if name == "tensorboard" else True)
+    tuner = small_tuner()
+    with pytest.raises(GemmaLoraError, match="TensorBoard needs tensorboard, which is not installed.*CSVLogger"):
+        tuner.fit(RECORDS, verbose=0, callbacks=[keras.callbacks.TensorBoard(tmp_path)])
+    assert not tuner.compiled
 
 
 @pytest.mark.slow
