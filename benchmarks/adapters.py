@@ -72,7 +72,7 @@ def run(model, dataset, method: str, rate: float, lines: int, best: float) -> di
     tuner = gl.FineTuner(model, learning_rate=rate, rows=1, row_length=ROW_LENGTH, seed=SEED)
     clock: list[float] = []
     watch = keras.callbacks.LambdaCallback(on_train_batch_end=lambda step, logs: clock.append(time.process_time()))
-    tuner.fit(dataset, limit=lines, verbose=0, callbacks=[watch])
+    tuner.fit(dataset, limit=lines, verbose=0, validation_data=False, callbacks=[watch])
     seconds = [row["seconds"] for row in tuner.log.rows][1:]  # the first step compiles
     result = {
         "method": method,

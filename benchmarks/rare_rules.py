@@ -99,7 +99,7 @@ def run_one(arm: str, seed: int, count: int) -> dict[str, Any]:
     quick = {"mixed_precision": hardware.has_fast_bfloat16(), "filter_gradient": settings.filter_gradient}
     named = {name: getattr(settings, name) for name in ("learning_rate", "warmup", "rows", "row_length")}
     tuner = gl.FineTuner(model, seed=seed, **named, **quick)
-    tuner.fit(dataset, verbose=0)
+    tuner.fit(dataset, verbose=0, validation_data=False)
     answers = gl.generate(
         model,
         [line.prompt for line in scored],

@@ -25,7 +25,7 @@ def fit(tuner, dataset, limit: int, every: int = 10, callbacks: Sequence = (), e
 
     watch = keras.callbacks.LambdaCallback(on_train_batch_end=tell)
     try:
-        tuner.fit(dataset, epochs=epochs, limit=limit, verbose=0, callbacks=[watch, *callbacks])
+        tuner.fit(dataset, epochs=epochs, limit=limit, verbose=0, validation_data=False, callbacks=[watch, *callbacks])
     except gl.GemmaLoraError as error:
         return str(error)
     return None

@@ -99,6 +99,9 @@ class Settings:
         None, "Passes over the training lines; by default more passes where there are fewer lines, 1 to 6.", min=1
     )
     limit: int | None = _setting(None, "Train on the first so many lines only.", min=1)
+    keep_best: bool = _setting(True, "Keep the epoch whose loss on the validation lines is lowest, not the last one.")
+    patience: int = _setting(2, "With keep-best: stop after so many epochs in a row that are no better.", min=1)
+    validation_lines: int = _setting(256, "Validation lines whose loss is computed after each epoch.", min=1)
     rows: int = _setting(1, "Packed rows a batch.", min=1)
     row_length: int = _setting(384, "Tokens a packed row; the longest line must fit.", min=2)
     chunk_size: int | None = _setting(

@@ -103,7 +103,7 @@ def _run(
     tests = dataset.tests or {"validation": dataset.validation}
     with claimed(asked, digest, chosen):
         before, english_before = stages.answers_before(model, dataset, tests, settings, console)
-    log, training_seconds = stages.train(model, dataset, settings)
+    log, training_seconds, epochs = stages.train(model, dataset, settings, encoded)
     after = stages.answer_all(model, tests, dataset, settings, console, "fine-tuned")
     losses = [row["loss"] for row in log]
     metrics = {
@@ -117,6 +117,7 @@ def _run(
         "training_loss": _halves(losses),
         "training_seconds": round(training_seconds, 1),
         "training_steps": len(log),
+        "training": epochs,
         "seconds": round(time.perf_counter() - started, 1),
         **stages.circumstances(settings),
     }

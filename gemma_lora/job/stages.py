@@ -32,6 +32,7 @@ from gemma_lora.generation.worked_examples import separator_of
 from gemma_lora.job.folder import read_json
 from gemma_lora.job.report import progress_bar
 from gemma_lora.lora.apply import apply_lora
+from gemma_lora.training.best import KeepBest
 from gemma_lora.training.epochs import default_epochs
 from gemma_lora.training.tuner import FineTuner
 
@@ -142,20 +143,46 @@ def _scored_again(split: list[Example], stored: dict[str, Any], metric: str | No
     return score(answers, references, metric, kept, stored.get("losses"), labels)
 
 
-def train(model, dataset: Dataset, settings: Settings) -> tuple[list[dict[str, Any]], float]:
+def train(
+    model, dataset: Dataset, settings: Settings, encoded: Encoded | None = None
+) -> tuple[list[dict[str, Any]], float, dict[str, Any]]:
     """Gives the model LoRA, trains it and saves the adapter.
 
+    Args:
+        model: As `load_model` gives it.
+        dataset: The lines, with the template that is used.
+        settings: With values in place of None, where `choose` made them.
+        encoded: What `encode_lines` gave.
+
     Returns:
-        The training log's rows, and the seconds it took.
+        The training log's rows, the seconds it took, and what the epochs did: `epochs` (that were trained),
+        `training_loss` and `validation_loss` of each, `best_epoch` (counted from 1; None where the last was kept), and
+        whether it `stopped_early`.
     """
     apply_lora(model, **{name: getattr(settings, name) for name in _LORA})
     tuner = FineTuner(model, run_dir=settings.run_dir, **{name: getattr(settings, name) for name in _TUNER})
+    best = KeepBest(settings.patience)
     started = time.perf_counter()
-    epochs = settings.epochs or default_epochs(len(dataset.train[: settings.limit]))
-    tuner.fit(dataset, epochs=epochs, limit=settings.limit, skip_bad_lines=settings.skip_bad_lines)
+    history = tuner.fit(
+        dataset,
+        epochs=settings.epochs,
+        limit=settings.limit,
+        skip_bad_lines=settings.skip_bad_lines,
+        encoded=encoded,
+        validation_data=dataset.validation[: settings.validation_lines],
+        callbacks=[best] if settings.keep_best else [],
+    )
     seconds = time.perf_counter() - started
     save_adapter(model, Path(settings.run_dir) / "adapter", template=dataset.template)
-    return (tuner.log.rows if tuner.log else []), seconds
+    losses = {name: [round(loss, 6) for loss in history.history.get(name, [])] for name in ("loss", "val_loss")}
+    facts = {
+        "epochs": len(history.epoch),
+        "training_loss": losses["loss"],
+        "validation_loss": losses["val_loss"],
+        "best_epoch": best.best_epoch,
+        "stopped_early": best.stopped,
+    }
+    return (tuner.log.rows if tuner.log else []), seconds, facts
 
 
 def answer_all(

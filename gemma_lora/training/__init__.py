@@ -22,6 +22,7 @@ _MODULES: dict[str, list[str]] = {
         "check",
     ],
     "accumulation": ["Accumulation"],
+    "best": ["KeepBest"],
     "callbacks": ["TrainingLog"],
     "schedule": ["WarmupCosine", "batches_per_epoch", "default_optimizer", "optimizer_steps"],
     "tuner": ["FineTuner"],

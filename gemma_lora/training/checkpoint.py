@@ -1,8 +1,9 @@
 """A training's state on disk: whole or absent, so that a run that was killed goes on where it stood.
 
 One safetensors file holds everything that changes while a model trains (A and B, the optimizer's moments and step,
-dropout's seeds) and, in its metadata, the step and the settings. It is written to a temporary name and renamed: at
-every moment the file of the last finished write stands there.
+dropout's seeds, the running mean of the loss, what callbacks remember) and, in its metadata, the step and the
+settings. It is written to a temporary name and renamed: at every moment the file of the last finished write stands
+there.
 """
 
 from __future__ import annotations
@@ -27,12 +28,18 @@ class Checkpoint:
     """What a checkpoint file holds.
 
     Invariants: `step` batches of the training that `settings` describes led to `arrays`; `log` has one row for each.
+    `epochs` epochs have ended (None: older files do not say); `finished` if the training has, be it that a callback
+    stopped it. `callbacks` is what `CallbackStates` took. Arrays that begin with `metric.` or `callback.` are not the
+    training's own.
     """
 
     step: int
     settings: dict[str, Any]
     log: list[dict[str, Any]]
     arrays: dict[str, np.ndarray]
+    epochs: int | None = None
+    finished: bool = False
+    callbacks: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
 
 def save(folder: str | os.PathLike, checkpoint: Checkpoint) -> None:
@@ -48,6 +55,9 @@ def save(folder: str | os.PathLike, checkpoint: Checkpoint) -> None:
         "step": str(checkpoint.step),
         "settings": json.dumps(checkpoint.settings, sort_keys=True),
         "log": json.dumps(checkpoint.log),
+        "epochs": json.dumps(checkpoint.epochs),
+        "finished": json.dumps(checkpoint.finished),
+        "callbacks": json.dumps(checkpoint.callbacks),
     }
     path = Path(folder) / FILE
     try:
@@ -81,7 +91,12 @@ def load(folder: str | os.PathLike) -> Checkpoint | None:
             if metadata.get("format") != _FORMAT:
                 raise ValueError(f"format {metadata.get('format')!r}")
             arrays = {name: file.get_tensor(name) for name in file.keys()}
-        found = Checkpoint(int(metadata["step"]), json.loads(metadata["settings"]), json.loads(metadata["log"]), arrays)
+        # The last three are not in files of before there were such.
+        later = (("epochs", "null"), ("finished", "false"), ("callbacks", "[]"))
+        more = {name: json.loads(metadata.get(name, plain)) for name, plain in later}
+        found = Checkpoint(
+            int(metadata["step"]), json.loads(metadata["settings"]), json.loads(metadata["log"]), arrays, **more
+        )
         _check(found)
         return found
     except (SafetensorError, ValueError, KeyError, OSError) as error:
@@ -99,8 +114,17 @@ def _check(found: Checkpoint) -> None:
         raise ValueError("the log is no list of rows")
     if found.step < 0:
         raise ValueError(f"step {found.step}")
-    if wrong := [name for name, array in found.arrays.items() if not np.isfinite(array).all()]:
+    if found.epochs is not None and (not isinstance(found.epochs, int) or found.epochs < 0):
+        raise ValueError(f"epochs {found.epochs!r}")
+    if not isinstance(found.callbacks, list) or not all(isinstance(state, dict) for state in found.callbacks):
+        raise ValueError("the callbacks are no list of states")
+    if wrong := [name for name, array in _own(found).items() if not np.isfinite(array).all()]:
         raise ValueError(f"{wrong[0]} holds numbers that are not finite")
+
+
+def _own(found: Checkpoint) -> dict[str, np.ndarray]:
+    """The arrays that are the training's: weights, seeds, the optimizer's state."""
+    return {name: array for name, array in found.arrays.items() if not name.startswith(("metric.", "callback."))}
 
 
 def of_run(folder: str | os.PathLike, settings: Mapping[str, Any]) -> Checkpoint | None:
@@ -130,7 +154,7 @@ def assign(folder: str | os.PathLike, checkpoint: Checkpoint, variables: Mapping
         GemmaLoraError: If names or shapes differ; no variable was changed then.
     """
     shapes = {name: tuple(variable.shape) for name, variable in variables.items()}
-    if shapes != {name: array.shape for name, array in checkpoint.arrays.items()}:
+    if shapes != {name: array.shape for name, array in _own(checkpoint).items()}:
         raise GemmaLoraError(f"{folder}/{FILE}: is of another model. Choose another run folder.")
     for name, variable in variables.items():
         variable.assign(checkpoint.arrays[name])

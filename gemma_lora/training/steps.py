@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -31,13 +34,20 @@ class SteppedModel(keras.Model):
         super().__init__(name="fine_tuner")
         self.settings = settings
         self.causal_lm = model
-        self.batch_loss: Any = None  # the last training batch's own
+        self.batch_losses: tuple[Any, ...] = ()  # each training batch's own, of the last execution
+        self.compiles_next = self.compiled_last = False  # whether a training step has yet to be, or was just compiled
+        self._shown: dict[str, Any] = {"loss": 0.0}  # the last step's logs
         self._fingerprint = Fingerprint(model.backbone)
         self.train_function: Any = None
         self.test_function: Any = None
         self._optimizer_is_default = False
         self._default_steps: int | None = None  # of the default optimizer's schedule
         self._accumulation: Accumulation | None = None
+
+    @property
+    def batch_loss(self) -> Any:
+        """The last training batch's own loss; None before there is one."""
+        return self.batch_losses[-1] if self.batch_losses else None
 
     def check_trainable(self) -> None:
         """Raises where the model cannot be trained as it is now."""
@@ -56,10 +66,16 @@ class SteppedModel(keras.Model):
         """As `keras.Model.compile`; the loss is this class's own and cannot be given.
 
         Raises:
-            ValueError: If a loss is given, or an optimizer that accumulates gradients itself.
+            ValueError: If a loss or metrics are given, or an optimizer that accumulates gradients itself.
         """
         if loss is not None:
             raise ValueError("FineTuner's loss is chunked_cross_entropy; leave `loss` out.")
+        for name in ("metrics", "weighted_metrics"):
+            if kwargs.get(name):
+                raise ValueError(
+                    f"`{name}` need all the logits, which FineTuner never forms. It shows the loss; how many answers "
+                    f"are right is said by `gemma_lora.evaluate`. Received: {name}={kwargs[name]!r}"
+                )
         optimizer = keras.optimizers.get(optimizer)
         if accumulates_itself(optimizer):
             raise ValueError(
@@ -80,20 +96,22 @@ class SteppedModel(keras.Model):
         """
         if not isinstance(batches, int) or batches < 1:
             raise ValueError(f"`batches` must be an integer of at least 1. Received: batches={batches!r}")
-        self._compile_default(optimizer_steps([batches], self.settings["accumulate"]))
+        self.compile_default(optimizer_steps([batches], self.settings["accumulate"]))
 
-    def _compile_default(self, steps: int | None) -> None:
-        self.compile(optimizer=self._default_optimizer(steps))
+    def compile_default(self, steps: int | None) -> None:
+        """Compiles with Adam: warm-up and cosine over so many optimizer steps, or a constant rate where it is None."""
+        self.compile(optimizer=self.new_default_optimizer(steps))
         self._optimizer_is_default, self._default_steps = True, steps
 
-    def _default_optimizer(self, steps: int | None) -> keras.optimizers.Optimizer:
+    def new_default_optimizer(self, steps: int | None) -> keras.optimizers.Optimizer:
+        """The optimizer that `compile_default` would compile with."""
         return default_optimizer(self.settings["learning_rate"], self.settings["warmup"], steps)
 
-    def _chooses_optimizer(self) -> bool:
+    def chooses_optimizer(self) -> bool:
         """Whether nobody has compiled this model with an optimizer of their own."""
         return not self.compiled or self._optimizer_is_default
 
-    def _build_optimizer(self) -> None:
+    def build_optimizer(self) -> None:
         """Makes the optimizer's variables, those that several batches are summed in among them.
 
         Raises:
@@ -108,15 +126,15 @@ class SteppedModel(keras.Model):
                     "The model's trainable weights are others than those the optimizer was built for. Call "
                     "`compile(optimizer=…)` again, with a new optimizer."
                 )
-            self._compile_default(self._default_steps)
+            self.compile_default(self._default_steps)
             self.optimizer.build(variables)
         sums = self._accumulation
         if self.settings["accumulate"] > 1 and (sums is None or sums.optimizer is not self.optimizer):
             self._accumulation = Accumulation(self.optimizer, variables, self.settings["accumulate"])
 
-    def _begin_steps(self) -> None:
+    def begin_steps(self) -> None:
         """Builds the optimizer; batches that made no step yet, of a training that was broken off, are dropped."""
-        self._build_optimizer()
+        self.build_optimizer()
         if self._accumulation is not None:
             self._accumulation.forget()
 
@@ -131,10 +149,24 @@ class SteppedModel(keras.Model):
         if self._accumulation is None:
             trainable, optimizer = self.optimizer.stateless_apply(optimizer, gradients, trainable)
         else:
-            weight = y.size if sample_weight is None else keras.ops.sum(keras.ops.cast(sample_weight, "float32"))
-            trainable, optimizer = self._accumulation.add(trainable, optimizer, gradients, weight)
+            trainable, optimizer = self._accumulation.add(trainable, optimizer, gradients, _weight(y, sample_weight))
         logs, metrics = self._update_metrics_variables(metrics, loss, x, y, y_pred, sample_weight)
         return {**logs, _BATCH_LOSS: loss}, (trainable, frozen, optimizer, metrics)
+
+    def test_step(self, state, data):
+        """As Keras's, but the loss of several batches is the mean over all their tokens, however they are cut."""
+        trainable, frozen, metrics = state
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        _, (loss, _, frozen, metrics) = self.compute_loss_and_updates(
+            trainable, frozen, metrics, x, y, sample_weight, training=False
+        )
+        held = self.metrics_variables
+        with keras.StatelessScope(state_mapping=list(zip(held, metrics, strict=True))) as scope:
+            self._loss_tracker.update_state(loss, sample_weight=_weight(y, sample_weight))
+            logs = self.get_metrics_result()
+        after = [scope.get_current_value(variable) for variable in held]
+        metrics = [old if new is None else new for old, new in zip(metrics, after, strict=True)]
+        return logs, (trainable, frozen, metrics)
 
     def end_step(self) -> None:
         """Makes an optimizer step of the batches since the last one, where they are fewer than `accumulate`.
@@ -151,19 +183,33 @@ class SteppedModel(keras.Model):
         self._follow_model()
         if self.train_function is not None and not force:
             return
-        step: Any
+        one: Any
         if self._keras_compiles():
             super().make_train_function(force=True)
-            step = self.train_function
+            of_iterator = self.train_function
+
+            def one(state, data):
+                return of_iterator(state, iter((data,)))
         else:
-            step = self._make_function(train_program(self.train_step))
+            one = train_program(self.train_step)
 
         def train_function(state, iterator):
-            logs, state = step(state, iterator)
-            self.batch_loss = logs.pop(_BATCH_LOSS)  # Keras would show it and return it from `train_on_batch`
-            return logs, state
+            losses = []
+            block = list(itertools.islice(iterator, self.steps_per_execution))
+            if not block:
+                raise StopIteration  # which Keras takes for the end of the data
+            for data in block:
+                if not _rows(data):
+                    continue  # no batch: see `datasets.Epochs`
+                logs, state = one(state, data)
+                losses.append(logs.pop(_BATCH_LOSS))  # Keras would show it and return it from `train_on_batch`
+                self._shown = logs
+            if losses:
+                self.batch_losses = tuple(losses)
+                self.compiles_next, self.compiled_last = False, self.compiles_next
+            return dict(self._shown), state
 
-        self.train_function = train_function
+        self.train_function, self.compiles_next = train_function, True
 
     def make_test_function(self, force=False):
         """As `make_train_function`, for evaluation."""
@@ -189,7 +235,43 @@ class SteppedModel(keras.Model):
             GemmaLoraError: If the update is merged, or the optimizer was built for other variables.
         """
         self.check_trainable()
-        if not self.compiled:
-            self._compile_default(None)
-        self._build_optimizer()
+        self._compile_if_needed()
+        self.build_optimizer()
         return super().train_on_batch(x, y, sample_weight, **kwargs)
+
+    def test_on_batch(self, x, y=None, sample_weight=None, **kwargs):
+        """As `keras.Model.test_on_batch`; needs no `compile`."""
+        self._compile_if_needed()
+        return super().test_on_batch(x, y, sample_weight, **kwargs)
+
+    def _compile_if_needed(self) -> None:
+        if not self.compiled:
+            self.compile_default(None)
+
+    @contextlib.contextmanager
+    def trial(self) -> Iterator[None]:
+        """Within, steps are those of a new default optimizer at its constant rate; afterwards the present one is back.
+
+        An optimizer of the caller's, given to `compile`, is left as it is.
+        """
+        if not self.chooses_optimizer():
+            yield
+            return
+        kept = (self.optimizer, self._default_steps, self._accumulation) if self.compiled else None
+        self.compile_default(None)
+        try:
+            yield
+        finally:
+            optimizer, steps, sums = kept or (self.new_default_optimizer(None), None, None)
+            self.compile(optimizer=optimizer)
+            self._optimizer_is_default, self._default_steps, self._accumulation = True, steps, sums
+
+
+def _weight(y: Any, sample_weight: Any) -> Any:
+    """Σ of the weights of a batch's tokens."""
+    return y.size if sample_weight is None else keras.ops.sum(keras.ops.cast(sample_weight, "float32"))
+
+
+def _rows(data: Any) -> int:
+    """How many rows a batch has."""
+    return next(leaf for leaf in jax.tree.leaves(data) if hasattr(leaf, "shape")).shape[0]

@@ -7,19 +7,18 @@ of examples into rows (`data/packing.py`), the learning rate's schedule (`schedu
 
 from __future__ import annotations
 
-import itertools
 import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gemma_lora.base.files import GemmaLoraError, write_json_atomic
+from gemma_lora.base.files import GemmaLoraError
 from gemma_lora.base.hardware import choose, use_compilation_cache
 from gemma_lora.base.keras_on_jax import keras
 from gemma_lora.base.settings import DEFAULTS, check
 from gemma_lora.data.dataset import Dataset
-from gemma_lora.data.encoding import encode
+from gemma_lora.data.encoding import Encoded, encode
 from gemma_lora.data.packing import Batch, pack
 from gemma_lora.data.templates import template_of
 from gemma_lora.gemma.architectures import architecture_of
@@ -31,29 +30,11 @@ from gemma_lora.layers.loss import chunked_cross_entropy, fitting_chunk
 from gemma_lora.layers.products import EXACT, Precision
 from gemma_lora.lora.apply import lora_layers, plain_layers
 from gemma_lora.quantization.rows import Bfloat16Rows, Int8Rows
-from gemma_lora.training import checkpoint
-from gemma_lora.training.callbacks import Checkpoints, StepEnds, TrainingLog
-from gemma_lora.training.record import run_record
+from gemma_lora.training import fitting
+from gemma_lora.training.callbacks import TrainingLog
+from gemma_lora.training.datasets import as_dataset, examples_of, held_out, is_lines
 from gemma_lora.training.schedule import WarmupCosine as WarmupCosine
-from gemma_lora.training.schedule import batches_per_epoch, optimizer_steps
 from gemma_lora.training.steps import SteppedModel
-
-#: What `fit` takes with a `Dataset` beside its own arguments.
-_WITH_A_DATASET = {"verbose", "validation_data", "validation_steps", "validation_batch_size", "validation_freq"}
-
-
-class _Batches(keras.utils.PyDataset):
-    """Packed batches as Keras wants them."""
-
-    def __init__(self, batches: list[Batch]):
-        super().__init__()
-        self.batches = batches
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, index: int):
-        return self.batches[index].as_keras()
 
 
 class FineTuner(SteppedModel):
@@ -140,6 +121,7 @@ class FineTuner(SteppedModel):
         self._check_model()
         _mark_built(getattr(model, "preprocessor", None))
         self._round_kernels(self.choice.mixed_precision)
+        self.built = True  # all its parts are; Keras would trace the model once more to find that out
         self.run_dir = Path(run_dir) if run_dir else None
         self.log: TrainingLog | None = None
         self._fitted_chunk: tuple[tuple[int, ...], int] | None = None  # (rows, row_length) of `fit`'s batches, chunk
@@ -279,143 +261,137 @@ class FineTuner(SteppedModel):
             limit: Take the first so many examples only.
             skip_bad_lines: Leave out examples that are longer than a row, instead of raising.
         """
-        limit = check(limit=limit)["limit"]
         settings = self.settings
-        encoded = encode(
+        encoded = self.encode(dataset, limit, skip_bad_lines)
+        seed = settings["seed"] + epoch
+        return pack(encoded.tokens, encoded.loss_mask, settings["rows"], settings["row_length"], seed)
+
+    def encode(self, dataset: Dataset, limit: int | None = None, skip_bad_lines: bool = False) -> Encoded:
+        """A dataset's training examples as tokens; `limit` and `skip_bad_lines` as in `batches`."""
+        limit = check(limit=limit)["limit"]
+        return encode(
             dataset.train[:limit],
             self.causal_lm.preprocessor.tokenizer,
             template_of(self.causal_lm, dataset.template),
-            max_length=settings["row_length"],
+            max_length=self.settings["row_length"],
             skip_bad_lines=skip_bad_lines,
         )
-        seed = settings["seed"] + epoch
-        return pack(encoded.tokens, encoded.loss_mask, settings["rows"], settings["row_length"], seed)
 
     def fit(
         self,
         x=None,
         y=None,
         batch_size: int | None = None,
-        epochs: int = 1,
+        epochs: int | None = 1,
         verbose="auto",
         callbacks=None,
+        validation_split: float = 0.0,
+        validation_data: Any = None,
+        shuffle: bool = True,
         *,
         limit: int | None = None,
         skip_bad_lines: bool = False,
+        encoded: Encoded | None = None,
+        initial_epoch: int = 0,
+        steps_per_epoch: int | None = None,
         **kwargs,
     ):
-        """Trains. As `keras.Model.fit`, and `x` may be a `Dataset` of `load_dataset`.
+        """Trains. As `keras.Model.fit`, and `x` may be lines of text.
+
+        After each epoch of lines the loss on lines that are not trained on is computed: `val_loss`, the mean over all
+        tokens that carry loss. Callbacks such as `EarlyStopping` find it where Keras puts it.
 
         Args:
-            x: A `Dataset`, or what Keras's `fit` takes: `(x, y, sample_weight)` arrays of KerasHub's form.
-            y, batch_size: As in Keras, not with a `Dataset`.
-            epochs, verbose, callbacks: As in Keras.
-            limit, skip_bad_lines: With a `Dataset` only: see `batches`.
-            **kwargs: As in Keras. With a `Dataset`, those of validation.
+            x: A `Dataset`, or what `load_dataset` reads (a path, a list of dictionaries or `Example`s, …), or what
+                Keras's `fit` takes: arrays of KerasHub's form.
+            y, batch_size, validation_split: As in Keras, with arrays.
+            epochs: Integer; with lines None means as many as `default_epochs` gives for their number.
+            verbose, callbacks: As in Keras: 0 is silent, 1 a moving line (plain lines in a file), 2 a line an epoch.
+            validation_data: A `Dataset` or a folder, of which the validation split is taken; other lines, of which all
+                are; or arrays, as in Keras. With lines to train on, None means their own validation split (the first
+                `limit` lines of it), and False none. A list or file that has no validation split is trained on whole
+                where this is given or False.
+            shuffle: With lines: whether each epoch has an order of its own, else that of the lines.
+            limit, skip_bad_lines: With lines: see `batches`.
+            encoded: The training lines as tokens, where `encode` was called before.
+            initial_epoch, steps_per_epoch: As in Keras. With `steps_per_epoch`, epochs go on through the lines.
+            **kwargs: As in Keras. With lines: `validation_steps` and `validation_freq`.
 
         Returns:
             Keras's `History`.
 
         Raises:
-            ValueError: If an argument is not as above.
+            ValueError: If an argument is not as above, or a callback cannot work; nothing was trained then.
             GemmaLoraError: If the update is merged, `run_dir` holds another run, or the loss is no finite number.
         """
-        if epochs is None:
+        lines = is_lines(x)
+        if epochs is None and not lines:
             raise ValueError("`epochs` must be an integer of at least 1. Received: epochs=None")
         check(epochs=epochs, limit=limit)
+        fitting.check_epochs(initial_epoch, epochs, steps_per_epoch)
         self.check_trainable()
         use_compilation_cache()
-        kwargs |= {"verbose": verbose}
-        if verbose:
-            print(f"Training with {self.choice}.")
-        if isinstance(x, Dataset):
-            _refuse_with_a_dataset({"y": y, "batch_size": batch_size} | kwargs)
-            return self._fit_dataset(x, epochs, limit, skip_bad_lines, callbacks, **kwargs)
-        if limit is not None or skip_bad_lines:
-            raise ValueError("`limit` and `skip_bad_lines` are for a `Dataset` of `load_dataset`.")
-        return self._fit_arrays(x, y, batch_size, epochs, callbacks, **kwargs)
+        self._initial_epoch = None  # what Keras's `BackupAndRestore` left behind
+        asked = {"epochs": epochs, "initial_epoch": initial_epoch, "steps_per_epoch": steps_per_epoch}
+        asked |= {"verbose": verbose, "shuffle": shuffle}
+        if not lines:
+            if limit is not None or skip_bad_lines or encoded is not None:
+                raise ValueError("`limit`, `skip_bad_lines` and `encoded` are for lines, such as a `Dataset`.")
+            given = asked | kwargs | {"y": y, "batch_size": batch_size, "validation_split": validation_split}
+            return fitting.fit_arrays(self, super().fit, x, callbacks, self._validation(validation_data), given)
+        refused = {"y": y, "batch_size": batch_size, "validation_split": validation_split or None}
+        fitting.refuse_with_lines(refused | kwargs)
+        dataset = as_dataset(x, all_lines=validation_data is not None, skip_bad_lines=skip_bad_lines)
+        lines_read = self.encode(dataset, limit, skip_bad_lines) if encoded is None else encoded
+        if validation_data is None:
+            validation_data = dataset.validation[:limit]
+        held = self._validation(validation_data, dataset, skip_bad_lines)
+        prepared = encoded is not None
+        return fitting.fit_lines(
+            self, super().fit, dataset, lines_read, callbacks, held, limit, prepared, asked | kwargs
+        )
 
-    def _fit_arrays(self, x, y, batch_size, epochs, callbacks, **kwargs):
-        if self._chooses_optimizer():
-            named = {name: kwargs[name] for name in ("steps_per_epoch", "validation_split") if name in kwargs}
-            batches = batches_per_epoch(x, batch_size, **named)
-            if not batches:
-                raise GemmaLoraError(
-                    "How many batches the data hold is not known before, so the default learning rate has no "
-                    "schedule. Give `steps_per_epoch`, or call `compile(optimizer=…)` before `fit`."
-                )
-            epochs_left = max(1, epochs - kwargs.get("initial_epoch", 0))
-            self._compile_default(optimizer_steps([batches] * epochs_left, self.settings["accumulate"]))
-        self._begin_steps()
-        self.log = TrainingLog(self.run_dir / "training.jsonl" if self.run_dir else None)
-        callbacks = [StepEnds(self), self.log, *(callbacks or [])]
-        return super().fit(x, y, batch_size=batch_size, epochs=epochs, callbacks=callbacks, **kwargs)
+    def evaluate(self, x=None, y=None, batch_size=None, verbose="auto", sample_weight=None, **kwargs):
+        """As `keras.Model.evaluate`, and `x` may be lines of text; needs no `compile`.
 
-    def _fit_dataset(self, dataset, epochs, limit, skip_bad_lines, callbacks, **kwargs):
-        # One pass over all epochs' batches: each epoch is packed in an order of its own.
-        passes = [self.batches(dataset, epoch, limit, skip_bad_lines) for epoch in range(epochs)]
-        batches = [batch for one in passes for batch in one]
-        found, record = self._start(passes, batches, epochs=epochs, limit=limit)
-        self.causal_lm.gemma_lora_template = template_of(self.causal_lm, dataset.template)
-        done = found.step if found else 0
-        tokens = [int(np.count_nonzero(batch.weights)) for batch in batches[done:]]
-        log_path = self.run_dir / "training.jsonl" if self.run_dir else None
-        self.log = TrainingLog(log_path, tokens, found.log if found else None)
-        ends = [end - done for end in itertools.accumulate(map(len, passes))]
-        callbacks = [StepEnds(self, ends), self.log, *(callbacks or [])]
-        if not self.run_dir:
-            return self._run(batches, callbacks, **kwargs)
-        if found:
-            what = "is finished" if done == len(batches) else f"goes on after step {done}"
-            print(f"{self.run_dir}: the run {what} of {len(batches)}.")
-        write_json_atomic(self.run_dir / "training_settings.json", record)
-        checkpoints = Checkpoints(self, record, self.log, len(batches), self.checkpoint_seconds)
-        checkpoints.saved_step = done
-        if done == len(batches):
-            return keras.callbacks.History()
-        try:
-            return self._run(batches[done:], [*callbacks, checkpoints], **kwargs)
-        except KeyboardInterrupt:
-            print(f"\nStopped. {checkpoints.state()} The same command or call goes on from there.")
-            raise
-        except (GemmaLoraError, OSError) as error:  # no number any more; a full disk
-            raise GemmaLoraError(f"{str(error).rstrip('.')}. {checkpoints.state()}") from error
-
-    def _run(self, batches: list[Batch], callbacks: list, **kwargs):
-        return super().fit(_Batches(batches), callbacks=callbacks, epochs=1, shuffle=False, **kwargs)
-
-    def _start(
-        self, passes: list[list[Batch]], batches: list[Batch], **more
-    ) -> tuple[checkpoint.Checkpoint | None, dict[str, Any]]:
-        """Makes all ready for a training, or for the rest of the run folder's.
+        Args:
+            x: A `Dataset` or a folder, of which the validation split is taken; other lines, of which all are; or
+                arrays, as in Keras.
+            y, batch_size, sample_weight: As in Keras, with arrays.
+            verbose: As in Keras.
+            **kwargs: As in Keras.
 
         Returns:
-            `(checkpoint, record)`: the run folder's, if there is one, and what describes this training.
-
-        Raises:
-            GemmaLoraError: If the run folder holds another training; nothing was changed then.
+            The loss: the mean over all tokens that carry loss.
         """
-        default = self._chooses_optimizer()
-        if not default and self.steps_per_execution != 1:
-            raise ValueError("`fit` with a `Dataset` logs each batch: `compile` with `steps_per_execution=1`.")
-        steps = optimizer_steps(map(len, passes), self.settings["accumulate"])
-        chunk = self.settings["chunk_size"]
-        if chunk is None:
-            # What nineteen of twenty batches fit into with little room to spare.
-            tokens = [np.count_nonzero(batch.weights) for batch in batches]
-            chunk = fitting_chunk(int(np.quantile(tokens, 0.95)))
-        optimizer = self._default_optimizer(steps) if default else self.optimizer
-        record = run_record(self.settings | {"chunk_size": chunk} | more, self.causal_lm, optimizer, batches)
-        found = checkpoint.of_run(self.run_dir, record) if self.run_dir else None
-        if default:
-            self._compile_default(steps)
-        fitted = (batches[0].token_ids.shape, chunk)
-        if self._fitted_chunk != fitted:
-            self._fitted_chunk, self.train_function = fitted, None
-        self._begin_steps()
-        if found and self.run_dir:
-            checkpoint.assign(self.run_dir, found, self.changing_variables())
-        return found, record
+        self._compile_if_needed()
+        if is_lines(x):
+            fitting.refuse_with_lines({"y": y, "batch_size": batch_size, "sample_weight": sample_weight})
+            x = self._validation(x, x if isinstance(x, Dataset) else None)
+        return super().evaluate(x, y, batch_size, verbose, sample_weight, **kwargs)
+
+    def _validation(self, source: Any, dataset: Dataset | None = None, skip_bad_lines: bool = False) -> Any:
+        """What Keras validates with: packed lines, a caller's arrays, or None."""
+        if source is None or source is False:
+            return None
+        if not is_lines(source):
+            fitting.check_validation(source)
+            return source
+        template = source.template if isinstance(source, Dataset) else None
+        if template is None and dataset is not None:
+            template = dataset.template
+        return held_out(
+            examples_of(source, skip_bad_lines),
+            self.causal_lm.preprocessor.tokenizer,
+            template_of(self.causal_lm, template),
+            self.settings["rows"],
+            self.settings["row_length"],
+        )
+
+    def use_chunk(self, shape: tuple[int, ...], chunk: int) -> None:
+        """Sets how many tokens of a batch of this shape the loss takes together, where `chunk_size` does not say."""
+        if self._fitted_chunk != (shape, chunk):
+            self._fitted_chunk, self.train_function = (shape, chunk), None
 
 
 def _plain_bases(model: keras.Model) -> list[keras.layers.Layer]:
@@ -429,9 +405,3 @@ def _mark_built(preprocessor: Any) -> None:
     if isinstance(preprocessor, keras.layers.Layer):
         for layer in preprocessor._flatten_layers():
             layer.built = True
-
-
-def _refuse_with_a_dataset(given: dict[str, Any]) -> None:
-    """Raises for arguments of Keras's `fit` that packed rows have no use for."""
-    if refused := [name for name, value in given.items() if value is not None and name not in _WITH_A_DATASET]:
-        raise ValueError(f"`fit` with a `Dataset` does not take {', '.join(refused)}.")

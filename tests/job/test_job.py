@@ -151,6 +151,16 @@ def test_the_loss_is_logged_drawn_and_falls(finished):
     assert png[:8] == b"\x89PNG\r\n\x1a\n" and png[-8:-4] == b"IEND"
 
 
+def test_the_best_epoch_is_kept(finished):
+    training = finished.metrics["training"]
+    losses = training["validation_loss"]
+    assert training["epochs"] == len(losses) == len(training["training_loss"]) > 1
+    assert training["best_epoch"] == 1 + losses.index(min(losses))
+    assert training["stopped_early"] == (training["epochs"] < finished.settings.epochs)
+    tuner = FineTuner(load_adapter(small_model(), finished.dir / "adapter"), rows=2, row_length=48)
+    assert tuner.evaluate(finished.settings.data, verbose=0) == pytest.approx(min(losses), rel=1e-3)
+
+
 def test_the_report_shows_splits_fields_and_five_answers(finished):
     for text in ("test_unseen", "exact match", "perplexity", "side by side", "peak memory", str(finished.dir)):
         assert text in finished.shown

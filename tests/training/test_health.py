@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from gemma_lora.course import traps
+from gemma_lora.data.dataset import load_dataset
 from gemma_lora.lora import apply_lora
 from gemma_lora.training import health
 from gemma_lora.training.tuner import FineTuner
@@ -129,6 +130,34 @@ def test_padding_is_for_tokens():
     assert not health._has_padding(tokens, labels, None) and not health._has_padding(np.ones((4, 6)), tokens, None)
     with pytest.raises(ValueError, match="`batch`"):
         health._parts((tokens,))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dora, accumulate", [(False, 1), (True, 1), (False, 3)])
+def test_it_raises_no_false_alarm_before_and_after_fit(dora, accumulate):
+    """As README shows it: no `compile`, and after a `fit` whose schedule ended at zero."""
+    model = with_large_logits(tiny_gemma(layers=1))
+    model.preprocessor = type("Preprocessor", (), {"tokenizer": CharacterTokenizer()})()
+    apply_lora(model, rank=8, targets="all-linear", dora=dora)
+    named = {"rows": 1, "row_length": 32, "learning_rate": 0.02, "mixed_precision": False}
+    tuner = FineTuner(model, accumulate=accumulate, **named)
+    lines = load_dataset([{"prompt": f"say {word}", "response": word} for word in ("red", "blue", "green")])
+    batch = tuner.batches(lines)[0].as_keras()
+    for _ in range(2):
+        before = {v.path: np.array(v.value) for v in model.variables}
+        found = health.check(tuner, batch)
+        assert [str(finding) for finding in found if not finding.fine] == []
+        assert all(np.array_equal(v.value, before[v.path]) for v in model.variables)
+        tuner.fit(lines, epochs=30, verbose=0, validation_data=False)
+    steps = tuner.optimizer.iterations
+    assert int(steps) > 0 and float(tuner.optimizer.learning_rate) < 1e-3  # the schedule's end
+    health.what_moves(tuner, batch)
+    assert tuner.optimizer.iterations is steps and int(steps) > 0
+
+
+def test_adapters_of_houlsby_are_what_should_move():
+    paths = ["block/down_kernel", "block/up_bias (2)", "dense/kernel"]
+    assert list(map(health._is_bottleneck, paths)) == [True, True, False]
 
 
 # --- trains what it should ---------------------------------------------------------------------------------
