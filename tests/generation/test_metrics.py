@@ -177,6 +177,7 @@ def test_without_sacrebleu_the_error_says_what_to_install(monkeypatch):
 # --- intervals ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_intervals_hold_the_true_score_about_as_often_as_they_say():
     rng = np.random.default_rng(0)
     held = 0

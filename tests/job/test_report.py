@@ -35,6 +35,7 @@ def metrics_of(before, after, **more):
 REFERENCES = ["yes", "no", "no [b]", "yes", "no", "no [b]"] * 4
 
 
+@pytest.mark.slow
 def test_a_classification_shows_intervals_classes_and_its_picture(tmp_path):
     before = (["yes", "well"] * 6, REFERENCES[:12], "classification")
     after = (["yes", *REFERENCES[1:23], "nothing"], REFERENCES, "classification", [True] + [False] * 23)
