@@ -22,6 +22,7 @@ ALLOWED = {
     ("layers/surgery.py", "computed"): "the swapped layer is set as the attribute that held the old one",
     ("layers/surgery.py", "private"): "in a functional model the graph's nodes name the layer too",
     ("gemma/gguf.py", "computed"): "fields of a SentencePiece message, which is no Keras object",
+    ("training/states.py", "computed"): "a callback of a run that goes on gets back the numbers it remembered",
     ("gemma/unfilled.py", "state"): "Keras fills variables that wait as soon as a scope ends; a file fills these",
 }
 
