@@ -569,7 +569,14 @@ def test_every_setting_is_an_option_of_finetune(command, monkeypatch, name):
 
 
 #: Another value than the default, as the command line takes it; "7" where none is given.
-OTHER = {"quantization": "int8", "targets": "query", "dropout": "0.25", "warmup": "0.5", "evaluate_base": False}
+OTHER = {
+    "quantization": "int8",
+    "targets": "query",
+    "dropout": "0.25",
+    "warmup": "0.5",
+    "evaluate_base": False,
+    "keep_best": False,
+}
 OTHER |= {name: True for name in ("double_quant", "rslora", "dora", "remat", "mixed_precision")}
 OTHER |= {name: True for name in ("filter_gradient", "skip_bad_lines")}
 OTHER["metric"] = "loss"
