@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from gemma_lora.exchange.peft import load_adapter as load_adapter
     from gemma_lora.exchange.peft import save_adapter as save_adapter
     from gemma_lora.gemma.load import load_gemma as load_gemma
+    from gemma_lora.generation.base_text import base_text as base_text
     from gemma_lora.generation.callbacks import ScoreAfterEpoch as ScoreAfterEpoch
     from gemma_lora.generation.chat import Chat as Chat
     from gemma_lora.generation.classify import classify as classify
@@ -50,6 +51,7 @@ _MODULES = {
     "data.templates": ["Template"],
     "exchange.peft": ["load_adapter", "save_adapter"],
     "gemma.load": ["load_gemma"],
+    "generation.base_text": ["base_text"],
     "generation.callbacks": ["ScoreAfterEpoch"],
     "generation.classify": ["classify"],
     "generation.chat": ["Chat"],

@@ -102,6 +102,13 @@ class Settings:
     keep_best: bool = _setting(True, "Keep the epoch whose loss on the validation lines is lowest, not the last one.")
     patience: int = _setting(2, "With keep-best: stop after so many epochs in a row that are no better.", min=1)
     validation_lines: int = _setting(256, "Validation lines whose loss is computed after each epoch.", min=1)
+    replay: float | None = _setting(
+        None,
+        "Share of the training tokens that is text of the base model's own, against forgetting, below 1; by default "
+        "0.2 with more than one epoch, else 0.",
+        min=0,
+        below=1,
+    )
     rows: int = _setting(1, "Packed rows a batch.", min=1)
     row_length: int = _setting(384, "Tokens a packed row; the longest line must fit.", min=2)
     chunk_size: int | None = _setting(

@@ -57,8 +57,8 @@ def load_gemma(
         double_quant: Boolean: NF4's scales in 8 bits too.
 
     Returns:
-        A KerasHub `CausalLM` with `model.preprocessor` set, and `model.gemma_lora_instruction_tuned`, which decides
-        the default template. All weights are on the first device.
+        A KerasHub `CausalLM` with `model.preprocessor` set, `model.gemma_lora_source`, and
+        `model.gemma_lora_instruction_tuned`, which decides the default template. All weights are on the first device.
 
     Raises:
         ValueError: If `dtype`, `quantization` or `double_quant` is not what it may be.
@@ -86,6 +86,7 @@ def load_gemma(
             from gemma_lora.lora.qlora import quantize_base
 
             quantize_base(model, quantization, double_quant)
+    model.gemma_lora_source = text
     return model
 
 

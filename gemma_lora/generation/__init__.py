@@ -14,6 +14,7 @@ _MODULES: dict[str, list[str]] = {
     "classify": ["classify"],
     "worked_examples": ["few_shot_template", "separator_of"],
     "evaluation": ["Answers", "answer", "evaluate", "tokens_needed"],
+    "base_text": ["base_text"],
     "callbacks": ["ScoreAfterEpoch"],
 }
 __getattr__, __dir__, __all__ = lazy_names(__name__, _MODULES)

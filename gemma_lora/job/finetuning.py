@@ -103,7 +103,7 @@ def _run(
     tests = dataset.tests or {"validation": dataset.validation}
     with claimed(asked, digest, chosen):
         before, english_before = stages.answers_before(model, dataset, tests, settings, console)
-    log, training_seconds, epochs = stages.train(model, dataset, settings, encoded)
+    log, training_seconds, epochs = stages.train(model, dataset, settings, console, encoded)
     after = stages.answer_all(model, tests, dataset, settings, console, "fine-tuned")
     losses = [row["loss"] for row in log]
     metrics = {

@@ -20,6 +20,7 @@ from gemma_lora.training.checkpoint import changed_settings
 RUN_FILES = (
     "settings.json",
     "before.json",
+    "replay.json",
     "training_settings.json",
     "training.jsonl",
     CHECKPOINT,

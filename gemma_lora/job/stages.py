@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.markup import escape
 
@@ -24,6 +25,7 @@ from gemma_lora.data.formats import Example
 from gemma_lora.data.templates import template_of, template_reason
 from gemma_lora.exchange.peft import save_adapter
 from gemma_lora.gemma.load import BUILTIN_NAME, BUILTIN_NOTE, load_gemma
+from gemma_lora.generation.base_text import COUNT, base_text
 from gemma_lora.generation.classes import classes_of
 from gemma_lora.generation.evaluation import answer, reference_losses, tokens_needed
 from gemma_lora.generation.likelihood import english_text, perplexity
@@ -34,6 +36,7 @@ from gemma_lora.job.report import progress_bar
 from gemma_lora.lora.apply import apply_lora
 from gemma_lora.training.best import KeepBest
 from gemma_lora.training.epochs import default_epochs
+from gemma_lora.training.replay import default_share
 from gemma_lora.training.tuner import FineTuner
 
 #: The splits that the base model is scored on too, if the dataset has them.
@@ -87,6 +90,8 @@ def choose(
         chosen["epochs"] = default_epochs(lines)
         passes = f"{chosen['epochs']} epoch{'s' if chosen['epochs'] > 1 else ''}"
         console.print(f"{passes}, for there are {lines} training lines; --epochs sets another number.", highlight=False)
+    if settings.replay is None:
+        chosen["replay"] = default_share(chosen.get("epochs") or settings.epochs or 1)
     precision = hardware.choose(settings.mixed_precision, settings.filter_gradient, settings.dtype)
     console.print(f"{str(precision)[0].upper()}{str(precision)[1:]}.", highlight=False)
     for name in ("mixed_precision", "filter_gradient"):
@@ -143,8 +148,19 @@ def _scored_again(split: list[Example], stored: dict[str, Any], metric: str | No
     return score(answers, references, metric, kept, stored.get("losses"), labels)
 
 
+def base_texts(model, settings: Settings, console: Console) -> list[np.ndarray]:
+    """The base model's own text, for replay; from `replay.json` where a run that was stopped left it."""
+    path = Path(settings.run_dir) / "replay.json"
+    if path.exists():
+        return [np.asarray(ids, np.int32) for ids in read_json(path)["texts"]]
+    with progress_bar(console, "text of the base model's own, against forgetting", COUNT) as advance:
+        texts = base_text(model, seed=settings.seed, on_progress=advance)
+    write_json_atomic(path, {"texts": [ids.tolist() for ids in texts]})
+    return texts
+
+
 def train(
-    model, dataset: Dataset, settings: Settings, encoded: Encoded | None = None
+    model, dataset: Dataset, settings: Settings, console: Console, encoded: Encoded | None = None
 ) -> tuple[list[dict[str, Any]], float, dict[str, Any]]:
     """Gives the model LoRA, trains it and saves the adapter.
 
@@ -152,6 +168,7 @@ def train(
         model: As `load_model` gives it.
         dataset: The lines, with the template that is used.
         settings: With values in place of None, where `choose` made them.
+        console: Where progress is shown.
         encoded: What `encode_lines` gave.
 
     Returns:
@@ -159,6 +176,7 @@ def train(
         `training_loss` and `validation_loss` of each, `best_epoch` (counted from 1; None where the last was kept), and
         whether it `stopped_early`.
     """
+    replay = base_texts(model, settings, console) if settings.replay else None
     apply_lora(model, **{name: getattr(settings, name) for name in _LORA})
     tuner = FineTuner(model, run_dir=settings.run_dir, **{name: getattr(settings, name) for name in _TUNER})
     best = KeepBest(settings.patience)
@@ -169,6 +187,8 @@ def train(
         limit=settings.limit,
         skip_bad_lines=settings.skip_bad_lines,
         encoded=encoded,
+        replay=replay,
+        replay_share=settings.replay or 0.0,
         validation_data=dataset.validation[: settings.validation_lines],
         callbacks=[best] if settings.keep_best else [],
     )

@@ -24,6 +24,7 @@ _MODULES: dict[str, list[str]] = {
     "accumulation": ["Accumulation"],
     "best": ["KeepBest"],
     "callbacks": ["TrainingLog"],
+    "replay": ["with_replay", "default_share"],
     "schedule": ["WarmupCosine", "batches_per_epoch", "default_optimizer", "optimizer_steps"],
     "tuner": ["FineTuner"],
 }

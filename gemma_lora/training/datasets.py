@@ -16,6 +16,7 @@ from gemma_lora.data.encoding import Encoded, encode
 from gemma_lora.data.formats import Example
 from gemma_lora.data.packing import Batch, pack
 from gemma_lora.data.templates import Template
+from gemma_lora.training.replay import with_replay
 
 
 def is_lines(source: Any) -> bool:
@@ -108,7 +109,13 @@ _NO_LIMIT = 2**31 - 1
 
 
 def epochs_of(
-    encoded: Encoded, rows: int, row_length: int, seeds: Iterable[int | None], steps_per_epoch: int | None = None
+    encoded: Encoded,
+    rows: int,
+    row_length: int,
+    seeds: Iterable[int | None],
+    steps_per_epoch: int | None = None,
+    replay: tuple[Sequence[np.ndarray] | None, float] = (None, 0.0),
+    first: int = 0,
 ) -> list[list[Batch]]:
     """Packs lines once for each epoch, each time in an order of its own.
 
@@ -117,19 +124,26 @@ def epochs_of(
         rows, row_length: Integers, the shape of a batch.
         seeds: One for each epoch; None keeps the order of the lines.
         steps_per_epoch: Integer: epochs are so many batches then, which go through the lines again and again.
+        replay: Texts to mix in, and their share; see `with_replay`.
+        first: Integer, the number of the first epoch, by which texts follow each other.
 
     Returns:
         A list of batches for each epoch. Their numbers may differ: another order may fill rows better.
     """
     seeds = list(seeds)
+
+    def packed(seed: int | None, number: int) -> list[Batch]:
+        texts, share = replay
+        mixed = encoded if texts is None else with_replay(encoded, texts, share, number, row_length)
+        return pack(mixed.tokens, mixed.loss_mask, rows, row_length, seed)
+
     if steps_per_epoch is None:
-        return [pack(encoded.tokens, encoded.loss_mask, rows, row_length, seed) for seed in seeds]
+        return [packed(seed, number) for number, seed in enumerate(seeds, start=first)]
     stream: list[Batch] = []
     passes = 0
     while len(stream) < steps_per_epoch * len(seeds):
-        first = seeds[0]
-        seed = None if first is None else first + passes
-        stream += pack(encoded.tokens, encoded.loss_mask, rows, row_length, seed)
+        seed = None if seeds[0] is None else seeds[0] + passes
+        stream += packed(seed, first + passes)
         passes += 1
     starts = range(0, steps_per_epoch * len(seeds), steps_per_epoch)
     return [stream[start : start + steps_per_epoch] for start in starts]

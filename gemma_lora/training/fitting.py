@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -120,11 +120,13 @@ def fit_lines(
     validation: Any,
     limit: int | None,
     prepared: bool,
+    replay: tuple[Sequence[np.ndarray] | None, float],
     given: dict[str, Any],
 ):
     """`fit` on lines of text; `given` holds Keras's other arguments.
 
-    Who `prepared` the tokens has said already what template they have and which lines were left out.
+    Who `prepared` the tokens has said already what template they have and which lines were left out. `replay` is
+    texts, or None, and their share.
     """
     callbacks, settings = running.as_list(callbacks), tuner.settings
     first, default = given["initial_epoch"], tuner.chooses_optimizer()
@@ -133,7 +135,9 @@ def fit_lines(
     check_epochs(first, epochs, None)
     running.check_callbacks(callbacks, None if default else tuner.optimizer, tuner.run_dir)
     seeds = [settings["seed"] + epoch if given["shuffle"] else None for epoch in range(first, epochs)]
-    packed = epochs_of(encoded, settings["rows"], settings["row_length"], seeds, given["steps_per_epoch"])
+    packed = epochs_of(
+        encoded, settings["rows"], settings["row_length"], seeds, given["steps_per_epoch"], replay=replay, first=first
+    )
     steps = optimizer_steps(map(len, packed), settings["accumulate"])
     more = {"epochs": epochs, "limit": limit} | _unusual(tuner, given)
     found, record = _begin(tuner, packed, None if running.sets_the_rate(callbacks) else steps, more)

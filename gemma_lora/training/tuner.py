@@ -8,6 +8,7 @@ of examples into rows (`data/packing.py`), the learning rate's schedule (`schedu
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from gemma_lora.quantization.rows import Bfloat16Rows, Int8Rows
 from gemma_lora.training import fitting
 from gemma_lora.training.callbacks import TrainingLog
 from gemma_lora.training.datasets import as_dataset, examples_of, held_out, is_lines
+from gemma_lora.training.replay import DEFAULT_SHARE
 from gemma_lora.training.schedule import WarmupCosine as WarmupCosine
 from gemma_lora.training.steps import SteppedModel
 
@@ -292,6 +294,8 @@ class FineTuner(SteppedModel):
         limit: int | None = None,
         skip_bad_lines: bool = False,
         encoded: Encoded | None = None,
+        replay: Sequence[np.ndarray] | None = None,
+        replay_share: float = DEFAULT_SHARE,
         initial_epoch: int = 0,
         steps_per_epoch: int | None = None,
         **kwargs,
@@ -314,6 +318,9 @@ class FineTuner(SteppedModel):
             shuffle: With lines: whether each epoch has an order of its own, else that of the lines.
             limit, skip_bad_lines: With lines: see `batches`.
             encoded: The training lines as tokens, where `encode` was called before.
+            replay, replay_share: With lines: text of the base model's own (`gl.base_text(model)`, before `apply_lora`)
+                that is mixed in, so that less is forgotten, and its share of all tokens. The loss of a step then
+                includes that text's.
             initial_epoch, steps_per_epoch: As in Keras. With `steps_per_epoch`, epochs go on through the lines.
             **kwargs: As in Keras. With lines: `validation_steps` and `validation_freq`.
 
@@ -335,8 +342,10 @@ class FineTuner(SteppedModel):
         asked = {"epochs": epochs, "initial_epoch": initial_epoch, "steps_per_epoch": steps_per_epoch}
         asked |= {"verbose": verbose, "shuffle": shuffle}
         if not lines:
-            if limit is not None or skip_bad_lines or encoded is not None:
-                raise ValueError("`limit`, `skip_bad_lines` and `encoded` are for lines, such as a `Dataset`.")
+            if limit is not None or skip_bad_lines or encoded is not None or replay is not None:
+                raise ValueError(
+                    "`limit`, `skip_bad_lines`, `encoded` and `replay` are for lines, such as a `Dataset`."
+                )
             given = asked | kwargs | {"y": y, "batch_size": batch_size, "validation_split": validation_split}
             return fitting.fit_arrays(self, super().fit, x, callbacks, self._validation(validation_data), given)
         refused = {"y": y, "batch_size": batch_size, "validation_split": validation_split or None}
@@ -347,8 +356,9 @@ class FineTuner(SteppedModel):
             validation_data = dataset.validation[:limit]
         held = self._validation(validation_data, dataset, skip_bad_lines)
         prepared = encoded is not None
+        mixed = (replay, replay_share if replay is not None else 0.0)
         return fitting.fit_lines(
-            self, super().fit, dataset, lines_read, callbacks, held, limit, prepared, asked | kwargs
+            self, super().fit, dataset, lines_read, callbacks, held, limit, prepared, mixed, asked | kwargs
         )
 
     def evaluate(self, x=None, y=None, batch_size=None, verbose="auto", sample_weight=None, **kwargs):
