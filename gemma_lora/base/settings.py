@@ -105,7 +105,7 @@ class Settings:
     replay: float | None = _setting(
         None,
         "Share of the training tokens that is text of the base model's own, against forgetting, below 1; by default "
-        "0.2 with more than one epoch, else 0.",
+        "0.1 with more than one epoch, else 0.",
         min=0,
         below=1,
     )

@@ -18,7 +18,7 @@ import numpy as np
 from gemma_lora.data.encoding import Encoded
 
 #: The share of tokens that are replay, where a job's lines are shown more than once and nobody says another.
-DEFAULT_SHARE = 0.2
+DEFAULT_SHARE = 0.1
 
 
 def default_share(epochs: int) -> float:
@@ -27,7 +27,7 @@ def default_share(epochs: int) -> float:
     Example:
 
     >>> default_share(1), default_share(4)
-    (0.0, 0.2)
+    (0.0, 0.1)
     """
     return DEFAULT_SHARE if epochs > 1 else 0.0
 

@@ -46,7 +46,7 @@ def test_what_cannot_be_mixed_is_refused(texts, share, message):
 
 
 def test_one_pass_has_none_by_default():
-    assert [default_share(epochs) for epochs in (1, 2, 6)] == [0.0, 0.2, 0.2]
+    assert [default_share(epochs) for epochs in (1, 2, 6)] == [0.0, 0.1, 0.1]
 
 
 def test_the_stored_texts_are_tokens_of_gemma_without_control_tokens():
