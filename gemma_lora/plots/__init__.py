@@ -58,6 +58,7 @@ _MODULES: dict[str, list[str]] = {
     "scores": [
         "confusion_matrices",
         "confusion_matrix",
+        "validation_losses",
     ],
     "sliders": [
         "explore",

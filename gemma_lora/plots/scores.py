@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from gemma_lora.plots.style import INK, new_axes
+from gemma_lora.plots.style import ACCENT, INK, new_axes
 
 _LONGEST = 24  # characters of a class's name that are shown
 
@@ -80,3 +80,28 @@ def _sized(rows: int, columns: int):
 def _shortened(name: str) -> str:
     line = " ".join(name.split()) or "(empty)"
     return line if len(line) <= _LONGEST else line[: _LONGEST - 1] + "…"
+
+
+def validation_losses(losses: Sequence[float], before: float | None = None, ax=None):
+    """The loss on the validation lines after each epoch, the lowest marked.
+
+    Args:
+        losses: One for each epoch, in nats per token.
+        before: The loss before the training, drawn at epoch 0.
+        ax: Matplotlib Axes; a new figure's by default.
+
+    Returns:
+        The Axes.
+    """
+    ax = new_axes(ax)
+    values = [*([before] if before is not None else []), *losses]
+    epochs = list(range(len(losses) + 1 - len(values), len(losses) + 1))
+    ax.plot(epochs, values, "o-", color=INK)
+    best = min(range(len(values)), key=values.__getitem__)
+    ax.plot(epochs[best], values[best], "o", color=ACCENT, markersize=11, label=f"lowest: {values[best]:.2g}")
+    ax.set_xticks(epochs)
+    ax.set_ylim(0, None)
+    ax.set_xlabel("epoch (0: before the training)" if before is not None else "epoch")
+    ax.set_ylabel("loss on validation lines (nats per token)")
+    ax.legend(frameon=False)
+    return ax

@@ -48,12 +48,16 @@ def as_dataset(source: Any, all_lines: bool = False, skip_bad_lines: bool = Fals
     if isinstance(source, list | tuple):  # an example goes in as a record, and comes out as itself
         known = {_key(part): part for part in source if isinstance(part, Example)}
         source = [_record(part) if isinstance(part, Example) else part for part in source]
-    dataset = load_dataset(source, skip_bad_lines=skip_bad_lines)
+    dataset = load_dataset(source, skip_bad_lines=skip_bad_lines, on_notice=_unsaid)
     train = [known.get(_key(example), example) for example in dataset.train]
     validation = [known.get(_key(example), example) for example in dataset.validation]
     if all_lines and not _has_validation(source):
         train = train + validation
     return dataclasses.replace(dataset, train=train, validation=validation)
+
+
+def _unsaid(notice: str) -> None:
+    """Notices are for who reads lines; here they have been read, or a split is made only to be put together again."""
 
 
 def _key(example: Example) -> tuple:
@@ -77,7 +81,9 @@ def examples_of(source: Any, skip_bad_lines: bool = False) -> list[Example]:
     """The lines that a loss is computed on: the validation split of a dataset or folder, all lines of anything else."""
     if isinstance(source, list | tuple):
         records = [_record(part) if isinstance(part, Example) else part for part in source]
-        read = load_dataset({"train": records, "validation": records}, skip_bad_lines=skip_bad_lines).validation
+        read = load_dataset(
+            {"train": records, "validation": records}, skip_bad_lines=skip_bad_lines, on_notice=_unsaid
+        ).validation
         known = {_key(part): part for part in source if isinstance(part, Example)}
         return [known.get(_key(example), example) for example in read]
     dataset = as_dataset(source, skip_bad_lines=skip_bad_lines)

@@ -32,3 +32,13 @@ def test_several_splits_are_saved_as_png_or_svg_whatever_they_are_called(tmp_pat
     save_figure(confusion_matrices({"test $": TABLE, "test_unseen": TABLE}), tmp_path / name)
     assert (tmp_path / name).read_bytes().startswith(begins)
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_the_lowest_validation_loss_is_marked():
+    from gemma_lora.plots import validation_losses
+
+    ax = validation_losses([0.5, 0.2, 0.4], before=3.0)
+    line, mark = ax.lines
+    assert line.get_xdata().tolist() == [0, 1, 2, 3] and line.get_ydata().tolist() == [3.0, 0.5, 0.2, 0.4]
+    assert (mark.get_xdata().item(), mark.get_ydata().item()) == (2, 0.2)
+    assert validation_losses([0.5, 0.2]).lines[0].get_xdata().tolist() == [1, 2]
