@@ -60,7 +60,9 @@ def _from_json(text: str, name: str, number: int) -> Prompt:
         if isinstance(last, dict) and str(last.get("role")).lower() == "user":
             turns_before_answer(value["messages"])  # what is wrong with it is said now
             return value["messages"]
-    if isinstance(value.get("prompt"), str) and not {"response", "completion", "messages"} & set(value):
+    if "prompt" in value and not {"response", "completion", "messages"} & set(value):
+        if not isinstance(value["prompt"], str):
+            raise ValueError(f"the field 'prompt' must be text, this is {type(value['prompt']).__name__}")
         if more := sorted(set(value) - {"prompt"}):
             raise ValueError(f"a prompt may not have the field {more[0]!r} beside it; it would not be used")
         return value["prompt"]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -193,13 +192,11 @@ class Chat:
 
     def _encoded(self, chat: list[dict[str, str]]) -> np.ndarray:
         """The tokens of a chat as training encodes it."""
-        prompt: Any = chat
-        if any(not turn["content"].strip() for turn in self._turns if turn["role"] == "assistant"):
-            # Written down such a chat is refused, for nothing is to be learned from an empty answer. It can happen.
-            (first, *rest) = [turn for turn in chat if turn["role"] != "system"]
-            ((_, said),) = turns_before_answer([turn for turn in chat if turn["role"] == "system"] + [first])
-            turns = [("user" if turn["role"] == "user" else "model", turn["content"]) for turn in rest]
-            prompt = Example(turns[-1][1], "", turns=(("user", said), *turns, ("model", "")))
+        # Not as a list of turns, which is checked as lines of a file are: an answer may be empty or hold anything.
+        (first, *rest) = [turn for turn in chat if turn["role"] != "system"]
+        ((_, said),) = turns_before_answer([*[turn for turn in chat if turn["role"] == "system"], first])
+        turns = [("user" if turn["role"] == "user" else "model", turn["content"].strip()) for turn in rest]
+        prompt = Example(said, "", turns=(("user", said), *turns, ("model", "")))
         template = template_of(self.model, self._template)
         return np.asarray(encode_prompt(prompt, self.model.preprocessor.tokenizer, template), np.int32)
 

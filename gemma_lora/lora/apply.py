@@ -167,7 +167,7 @@ def apply_lora(
     >>> layers = [keras.layers.Dense(8, name="first"), keras.layers.Dense(3, name="head")]
     >>> model = keras.Sequential([keras.Input((5,)), *layers])
     >>> model = apply_lora(model, rank=2, targets="first", train="head")
-    >>> [weight.path.split("/", 1)[-1] for weight in model.trainable_weights]
+    >>> ["/".join(weight.path.split("/")[-2:]) for weight in model.trainable_weights]
     ['first/lora_a', 'first/lora_b', 'head/kernel', 'head/bias']
     """
     named = check(rank=rank, alpha=alpha, dropout=dropout, rslora=rslora, dora=dora, seed=seed)

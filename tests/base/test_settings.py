@@ -30,6 +30,7 @@ REFUSED = {
     "rank": ([0, -1, *NOT_AN_INTEGER], "an integer of at least 1"),
     "alpha": ([0, -1.0, *(v for v in NOT_FINITE if v is not None)], "a finite number above 0, or None"),
     "dropout": ([1, 1.0, -0.1, *NOT_FINITE], "a finite number of at least 0 and below 1"),
+    "replay": ([1, 1.0, -0.1, *(v for v in NOT_FINITE if v is not None)], "of at least 0 and below 1, or None"),
     "learning_rate": ([0, -1e-4, *NOT_FINITE], "a finite number above 0"),
     "warmup": ([-0.1, 1.1, *NOT_FINITE], "a finite number of at least 0 and below 1"),
     "epochs": ([0, -1, *(v for v in NOT_AN_INTEGER if v is not None)], "an integer of at least 1, or None"),

@@ -36,7 +36,7 @@ def test_json_lines_are_texts_prompts_chats_or_examples():
         ({"prompt": "x", "system": "y"}, "'system'"),
         ({"prompt": 3}, "text"),
         ({"messages": [CHAT[0], CHAT[2]]}, "alternate"),
-        ({"question": "x"}, "unknown form"),
+        ({"question": "x"}, "'answer' is missing"),
         (3, "int"),
     ],
 )

@@ -99,7 +99,8 @@ def classifier(lora=None, rate=0.01):
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", [None, {}, {"targets": "first", "train": "head"}, {"targets": "first", "dora": True}])
 def test_a_classifiers_batch_of_two_raises_no_alarm(lora):
-    model, batch = classifier(lora)
+    # DoRA's kernels keep their direction longer, and need larger steps to learn a batch by heart.
+    model, batch = classifier(lora, rate=0.03 if lora and lora.get("dora") else 0.01)
     found = health.check(model, batch)
     assert [str(finding) for finding in found if not finding.fine] == []
     assert "padding is free" not in [finding.check for finding in found]  # its features are no tokens
