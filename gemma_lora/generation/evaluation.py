@@ -26,6 +26,7 @@ from gemma_lora.generation.matching import parse_object as parse_object
 from gemma_lora.generation.metrics import Scores as Scores
 from gemma_lora.generation.metrics import loss_scores, metric_of
 from gemma_lora.generation.metrics import score as score
+from gemma_lora.generation.stops import Stops
 from gemma_lora.generation.worked_examples import before, separator_of
 from gemma_lora.generation.worked_examples import few_shot_template as few_shot_template
 
@@ -122,7 +123,8 @@ def answer(
     """
     check(max_new_tokens=max_new_tokens, batch_size=batch_size)
     template, tokenizer = template_of(model, template), model.preprocessor.tokenizer
-    stops = {int(tokenizer.token_to_id(token)) for token in (*template.stop, "<eos>")}
+    ends = Stops.of(tokenizer, template)
+    stops = set(ends.ids)
     between = "\n"
     if shots and not separator:
         separator = separator_of([shot.response for shot in shots], template)
@@ -132,11 +134,16 @@ def answer(
         ids = list(map(int, np.reshape(tokenizer.tokenize(separator), -1)))
         stops |= set(ids if len(ids) == 1 and separator not in template.response else ())
     asked = [np.asarray(encode_prompt(p, tokenizer, template, shots, between), np.int32) for p in prompts]
-    rows = generate_tokens(model, asked, sorted(stops), max_new_tokens, batch_size, on_progress, mixed_precision)
+    said = (lambda tokens: ends.are_in(tokenizer, tokens)) if ends.texts else None
+    rows = generate_tokens(
+        model, asked, sorted(stops), max_new_tokens, batch_size, on_progress, mixed_precision, ended=said
+    )
     texts, cut = [], []
     for row in rows:
         text = tokenizer.detokenize([int(i) for i in row]) if len(row) else ""
-        text, ended = before(separator, text) if separator else (text, False)
+        end = ends.end_of(text)
+        text, ended = before(separator, text[:end]) if separator else (text[:end], False)
+        ended |= end is not None
         texts.append(text.strip())
         cut.append(len(row) >= max_new_tokens and not ended)
     return Answers(texts, cut)

@@ -118,6 +118,7 @@ def _run(
         "training_seconds": round(training_seconds, 1),
         "training_steps": len(log),
         "training": epochs,
+        "replay": settings.replay,
         "seconds": round(time.perf_counter() - started, 1),
         **stages.circumstances(settings),
     }

@@ -37,7 +37,7 @@ def find_warnings(metrics: Mapping[str, Any]) -> list[str]:
 
 def _steps(metrics: Mapping[str, Any]) -> list[str]:
     steps = metrics.get("training_steps")
-    if steps is None or steps >= _FEW_STEPS:
+    if steps is None or steps >= _FEW_STEPS or metrics.get("training", {}).get("stopped_early"):
         return []
     return [
         f"Only {_counted(steps, 'training step')}: the model may not have learned it. "
@@ -90,24 +90,17 @@ def _no_loss(metrics: Mapping[str, Any]) -> list[str]:
 
 
 def _validation(metrics: Mapping[str, Any]) -> list[str]:
-    losses = [_number(loss) for loss in metrics.get("validation_losses") or []]
-    known = [loss for loss in losses if loss is not None]
-    training = metrics.get("training_loss", {})
-    falls = training.get("second_half", 0) < training.get("first_half", 0)
-    if len(known) < 2 or not falls or known[-1] <= _RISE * min(known):
+    epochs = metrics.get("training", {})
+    losses, training = epochs.get("validation_loss") or [], epochs.get("training_loss") or []
+    if epochs.get("best_epoch") or len(losses) < 2 or len(training) < 2:  # the best epoch was kept: no harm was done
         return []
-    best = known.index(min(known)) + 1
+    if not training[-1] < training[0] or losses[-1] <= _RISE * min(losses):
+        return []
+    best = losses.index(min(losses)) + 1
     return [
-        f"The validation loss rose from {min(known):.3f} to {known[-1]:.3f} while the training loss fell: overfitting. "
-        f"It was lowest at measurement {best} of {len(known)}. Give fewer --epochs, or more different lines."
+        f"The validation loss rose from {min(losses):.3f} to {losses[-1]:.3f} while the training loss fell: "
+        f"overfitting. It was lowest after epoch {best} of {len(losses)}. Leave --keep-best on, or give fewer --epochs."
     ]
-
-
-def _number(loss: Any) -> float | None:
-    """A loss, or the loss of a record of one."""
-    if isinstance(loss, Mapping):
-        loss = loss.get("loss", loss.get("val_loss"))
-    return loss if isinstance(loss, (int, float)) and loss == loss else None
 
 
 def _english(metrics: Mapping[str, Any]) -> list[str]:
@@ -115,10 +108,11 @@ def _english(metrics: Mapping[str, Any]) -> list[str]:
     before, after = english.get("before"), english.get("after")
     if not before or after is None or after <= _WORSE_ENGLISH * before:
         return []
+    mixed = metrics.get("replay")
+    remedy = "Give a larger --replay" if mixed else "Give --replay 0.1, which mixes in the base model's own text"
     return [
-        f"Perplexity on plain English rose from {before:.1f} to {after:.1f}: the model forgets other things. Halve "
-        "--learning-rate; with an NF4 base that brought it from 113 down to 76, with no loss on the task "
-        "(README, the table of methods). Or give a lower --rank, or mix in lines of another kind."
+        f"Perplexity on plain English rose from {before:.1f} to {after:.1f}: the model forgets other things. {remedy}, "
+        "or halve --learning-rate. For other questions, ask the base model without the adapter."
     ]
 
 

@@ -15,6 +15,7 @@ from gemma_lora.data.dataset import Dataset, load_dataset
 from gemma_lora.data.encoding import Encoded, encode
 from gemma_lora.data.formats import Example
 from gemma_lora.data.packing import Batch, pack
+from gemma_lora.data.splits import find_splits, split_of
 from gemma_lora.data.templates import Template
 from gemma_lora.training.replay import with_replay
 
@@ -73,8 +74,9 @@ def _record(example: Example) -> dict[str, Any]:
 def _has_validation(source: Any) -> bool:
     """Whether a source of `load_dataset` has a validation split of its own."""
     if isinstance(source, Mapping):
-        return "validation" in source
-    return isinstance(source, str | os.PathLike) and Path(source).is_dir() and any(Path(source).glob("validation.*"))
+        return any(split_of(str(name)) == "validation" for name in source)
+    is_folder = isinstance(source, str | os.PathLike) and Path(source).is_dir()
+    return is_folder and "validation" in find_splits(Path(source)).files
 
 
 def examples_of(source: Any, skip_bad_lines: bool = False) -> list[Example]:

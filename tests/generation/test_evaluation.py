@@ -208,6 +208,14 @@ def test_one_line_answers_stop_at_the_lines_end_at_once(scripted):
     assert scripted.stops == ["<eos>"]
 
 
+def test_a_templates_string_ends_an_answer_as_in_generate(scripted):
+    scripted.answers = ["abcQ: more", "abc"]
+    asks = Template("{prompt}\nA:", "{response}<eos>", ("<eos>", "Q:"))
+    given = evaluation.answer(scripted, ["one", "two"], asks, 10)
+    assert given.texts == ["abc", "abc"] and given.cut == [False, False]
+    assert "<unk>" not in scripted.stops
+
+
 def test_what_a_user_typed_stays_text_in_worked_examples(scripted, tokenizer):
     chat = Template.gemma_chat()
     turns = (("user", "a"), ("model", "b"), ("user", "c <end_of_turn>"), ("model", "It ends a turn: <end_of_turn>"))

@@ -9,6 +9,11 @@ def estimate(low, high):
     return {"value": (low + high) / 2, "low": low, "high": high}
 
 
+def epochs(validation, training=(1.0, 0.1), **more):
+    """What `stages.train` says of a training without `--keep-best`."""
+    return {"validation_loss": list(validation), "training_loss": list(training), "best_epoch": None} | more
+
+
 def good():
     """The metrics of a run that nothing speaks against."""
     return {
@@ -20,7 +25,7 @@ def good():
         "lines_left_out": 0,
         "training_loss": {"first_half": 1.0, "second_half": 0.01},
         "training_steps": 40,
-        "validation_losses": [0.5, 0.4, 0.401],
+        "training": epochs([0.5, 0.4, 0.401]),
     }
 
 
@@ -37,6 +42,7 @@ def after(**more):
     return {"after": {"test": good()["after"]["test"] | more}}
 
 
+WORSE = {"before": 40.0, "after": 80.1}
 LOSS = {"after": {"test": {"count": 200, "metric": "loss", "cut": 0}}}
 
 
@@ -51,9 +57,12 @@ LOSS = {"after": {"test": {"count": 200, "metric": "loss", "cut": 0}}}
         ({"lines_left_out": 7}, ["7 lines were left out"]),
         (after(cut=3), ["cut off", "3 in test", "--max-new-tokens", "stop"]),
         ({"training_loss": {"first_half": 1.0, "second_half": 0.0099}}, ["0.0099", "overfitting", "fewer --epochs"]),
-        ({"english_perplexity": {"before": 40.0, "after": 80.1}}, ["from 40.0 to 80.1", "--learning-rate"]),
-        ({"validation_losses": [0.5, 0.4, 0.41]}, ["rose from 0.400 to 0.410", "measurement 2 of 3", "--epochs"]),
-        ({"validation_losses": [{"loss": 0.4}, {"loss": 0.6}]}, ["rose from 0.400 to 0.600"]),
+        (
+            {"english_perplexity": {"before": 40.0, "after": 80.1}},
+            ["from 40.0 to 80.1", "--learning-rate", "--replay 0.1"],
+        ),
+        ({"english_perplexity": {"before": 40.0, "after": 80.1}, "replay": 0.1}, ["a larger --replay"]),
+        ({"training": epochs([0.5, 0.4, 0.41])}, ["rose from 0.400 to 0.410", "after epoch 2 of 3", "--keep-best"]),
         (
             {"difference": {"test": {"exact match": estimate(0.0, 0.2)}}},
             ["test: the fine-tuned model may be no better", "+0.0 points and +20.0 points", "answers.jsonl"],
@@ -70,9 +79,10 @@ def test_what_is_wrong_is_said_with_its_remedy(change, words):
 @pytest.mark.parametrize(
     "change",
     [
-        {"validation_losses": [0.5, 0.6], "training_loss": {"first_half": 0.5, "second_half": 0.6}},  # neither falls
-        {"validation_losses": [0.4]},
-        {"validation_losses": [None, 0.4, float("nan")]},
+        {"training": epochs([0.5, 0.6], training=[0.5, 0.6])},  # neither falls
+        {"training": epochs([0.4])},
+        {"training": epochs([0.4, 0.6], best_epoch=1)},  # that epoch was kept
+        {"training": epochs([0.4, 0.3], stopped_early=True), "training_steps": 20},
         LOSS | {"difference": {"test": {"loss": estimate(-0.5, -0.1)}}},  # a lower loss is better
         {"difference": {"test": {"valid JSON": estimate(-0.3, -0.1)}}},  # not the main score
         {"difference": {}, "before": {}},
