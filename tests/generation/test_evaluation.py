@@ -223,9 +223,9 @@ def test_what_a_user_typed_stays_text_in_worked_examples(scripted, tokenizer):
     seen = []
     tokenizer_ids = evaluation.generate_tokens
 
-    def watched(model, prompts, *more):
+    def watched(model, prompts, *more, **named):
         seen.extend(list(map(int, prompts[0])))
-        return tokenizer_ids(model, prompts, *more)
+        return tokenizer_ids(model, prompts, *more, **named)
 
     evaluation.generate_tokens, scripted.answers = watched, ["fine"]
     try:

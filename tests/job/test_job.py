@@ -19,6 +19,7 @@ from gemma_lora.exchange.peft import load_adapter
 from gemma_lora.generation.engine import generate
 from gemma_lora.job import finetuning as job
 from gemma_lora.job import folder, stages
+from gemma_lora.training.replay import default_share
 from gemma_lora.training.tuner import FineTuner
 from tests.conftest import CharacterTokenizer, tiny_gemma
 
@@ -95,6 +96,7 @@ def test_settings_hold_every_setting(finished):
     expected = dataclasses.asdict(finished.settings)  # as asked for: the same on every machine
     assert {name: written[name] for name in expected} == json.loads(json.dumps(expected))
     chosen = {"mixed_precision": has_fast_bfloat16(), "filter_gradient": True, "metric": "json"}
+    chosen["replay"] = default_share(finished.settings.epochs)
     assert written["chosen"] == chosen
     assert {"keras", "keras-hub", "jax", "gemma_lora"} <= set(written["versions"])
 
