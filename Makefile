@@ -50,8 +50,8 @@ quick: env ## lint, types and the unit tests that need no real weights (two core
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --ignore tests/parity -m "not real and not slow"
 
-test: env ## unit tests, then every notebook under nbval (two cores: 25 minutes, 12 GB of memory)
-	@echo "Unit tests, then every notebook. On two cores: about 25 minutes, 12 GB of memory."
+test: env ## unit tests, then every notebook under nbval (two cores: 30 minutes, 14 GB of memory)
+	@echo "Unit tests, then every notebook. On two cores: about 30 minutes, 14 GB of memory."
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --ignore tests/parity
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(NBVAL) notebooks
 
