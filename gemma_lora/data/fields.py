@@ -1,4 +1,4 @@
-"""The fields of a line: which are absent, which are text, and which bear a meaning that training would lose."""
+"""The fields of a line: which are absent, which are text, and which mean something that training would lose."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SYSTEMS = ("system", "system_prompt", "system_message")
 #: Text that is added to the prompt, after a blank line.
 ADDED = ("input", "context")
 
-#: Fields that bear a meaning which training would lose -> what they are and the remedy. They are refused by name.
+#: Fields that mean something which training would lose -> what they are, and the remedy. They are refused by name.
 REFUSED = {
     **dict.fromkeys(("tools", "functions", "function_call", "tool_calls", "tool_choice", "tool_call_id"), _TOOLS),
     **dict.fromkeys(("parallel_tool_calls", "tool_call", "tool_use", "tool_responses"), _TOOLS),

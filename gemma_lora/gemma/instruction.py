@@ -1,7 +1,7 @@
 """Whether a Gemma's weights are instruction-tuned, as far as their name or their file says so.
 
 It decides which text stands around a prompt by default (`data.templates.default_template`). A chat template inside a
-file decides nothing: files of base models bear one as well.
+file decides nothing: files of base models have one as well.
 """
 
 from __future__ import annotations

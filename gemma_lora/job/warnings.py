@@ -1,6 +1,6 @@
 """What a finished run's figures say against it, each with what to do. No JAX.
 
-A run that learned nothing, or learned its lines by heart, ends with files that look like any other's. These are the
+A run that learned nothing, or overfits its lines, ends with files that look like any other's. These are the
 signs in its own metrics.
 """
 
@@ -84,7 +84,7 @@ def _no_loss(metrics: Mapping[str, Any]) -> list[str]:
     if loss is None or loss >= _NO_LOSS:
         return []
     return [
-        f"The training loss was at {loss:.4f} throughout the second half: the lines are known by heart (overfitting). "
+        f"The training loss was at {loss:.4f} throughout the second half: the model overfits the training lines. "
         "Give fewer --epochs, or more different lines."
     ]
 

@@ -47,9 +47,9 @@ class Finding:
         return f"{'✓' if self.fine else '✗'} {self.check}: {self.says}"
 
 
-#: The loss of a batch that is known by heart, in nats a token: the right token has 95 percent.
-_BY_HEART = 0.05
-#: A loss below this is too small, in float32, to tell what changes it; in nats a token.
+#: The loss of a batch that the model overfits, in nats per token: the right token has 95 percent.
+_OVERFITTED = 0.05
+#: A loss below this is too small, in float32, to tell what changes it; in nats per token.
 _SMALL = 1e-3
 
 
@@ -250,9 +250,9 @@ def overfits_one_batch(
 ) -> Finding:
     """Whether training on this batch alone brings its loss down to a share of what it was.
 
-    A model that cannot learn a few examples by heart has something in its way. (Or too small a learning rate, or too
+    A model that cannot overfit a few examples has something in its way. (Or too small a learning rate, or too
     few steps: then the loss has come down part of the way. Frozen embeddings and a frozen last norm bound the logits,
-    and so the loss from below.) A batch that is known by heart already, after a training, is one it could learn.
+    and so the loss from below.) A batch that it overfits already, after a training, passes.
 
     Args:
         model: A compiled model.
@@ -265,7 +265,7 @@ def overfits_one_batch(
     before = after = _loss(model, batch)
     taken = 0
     with _given_back(model):
-        enough = max(to * before, _BY_HEART)
+        enough = max(to * before, _OVERFITTED)
         for _ in range(rounds):
             last = after
             for _ in range(steps):

@@ -1,4 +1,4 @@
-"""The rule of data: a field that bears a meaning is used or refused by name, any other is named in a notice."""
+"""The rule of data: a field that means something is used or refused by name, any other is named in a notice."""
 
 import itertools
 import json

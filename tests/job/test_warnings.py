@@ -56,7 +56,7 @@ LOSS = {"after": {"test": {"count": 200, "metric": "loss", "cut": 0}}}
         ({"lines_left_out": 1}, ["1 line was left out", "--row-length"]),
         ({"lines_left_out": 7}, ["7 lines were left out"]),
         (after(cut=3), ["cut off", "3 in test", "--max-new-tokens", "stop"]),
-        ({"training_loss": {"first_half": 1.0, "second_half": 0.0099}}, ["0.0099", "overfitting", "fewer --epochs"]),
+        ({"training_loss": {"first_half": 1.0, "second_half": 0.0099}}, ["0.0099", "overfits", "fewer --epochs"]),
         (
             {"english_perplexity": {"before": 40.0, "after": 80.1}},
             ["from 40.0 to 80.1", "--learning-rate", "--replay 0.1"],

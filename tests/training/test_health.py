@@ -99,7 +99,7 @@ def classifier(lora=None, rate=0.01):
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", [None, {}, {"targets": "first", "train": "head"}, {"targets": "first", "dora": True}])
 def test_a_classifiers_batch_of_two_raises_no_alarm(lora):
-    # DoRA's kernels keep their direction longer, and need larger steps to learn a batch by heart.
+    # DoRA's kernels keep their direction longer, and need larger steps to overfit a batch.
     model, batch = classifier(lora, rate=0.03 if lora and lora.get("dora") else 0.01)
     found = health.check(model, batch)
     assert [str(finding) for finding in found if not finding.fine] == []
