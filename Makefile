@@ -43,8 +43,8 @@ finetune: $(VENV)/.runtime ## fine-tune Gemma 3 270M on data/expenses, with a re
 	$(BIN)/gemma-lora finetune --data data/expenses --run-dir runs/expenses --limit $(LIMIT) $(ARGS)
 
 # What takes long or needs the real weights has a marker: see CONTRIBUTING.md. `make test` leaves nothing out.
-quick: env ## lint, types and the unit tests that need no real weights (two cores: 2 to 3 minutes, 6 GB of memory)
-	@echo "Lint, types, unit tests without real weights. On two cores: 2 to 3 minutes, 6 GB of memory."
+quick: env ## lint, types and the unit tests that need no real weights (two cores: 3 minutes, 6 GB of memory)
+	@echo "Lint, types, unit tests without real weights. On two cores: about 3 minutes, 6 GB of memory."
 	$(BIN)/ruff check --quiet .
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/mypy
