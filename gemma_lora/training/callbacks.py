@@ -178,8 +178,9 @@ class Checkpoints(keras.callbacks.Callback):
         states, more = self._states.take()
         metrics = {f"metric.{i:04d}": np.asarray(v.value) for i, v in enumerate(self.model.metrics_variables)}
         made = checkpoint.Checkpoint(
-            step, self.record, self.log.rows, arrays | metrics | more, self.epochs, finished, states
-        )
+            step, self.record, self.log.rows, arrays | metrics | more, self.epochs, finished, states,
+            stopped=bool(self.model.stop_training),
+        )  # fmt: skip
         checkpoint.save(self.folder, made)
         self._written, self.saved_step = time.monotonic(), step
 

@@ -29,8 +29,8 @@ class Checkpoint:
 
     Invariants: `step` batches of the training that `settings` describes led to `arrays`; `log` has one row for each.
     `epochs` epochs have ended (None: older files do not say); `finished` if the training has, be it that a callback
-    stopped it. `callbacks` is what `CallbackStates` took. Arrays that begin with `metric.` or `callback.` are not the
-    training's own.
+    stopped it; `stopped` if a callback has, and the end may still be to do. `callbacks` is what `CallbackStates` took.
+    Arrays that begin with `metric.` or `callback.` are not the training's own.
     """
 
     step: int
@@ -40,6 +40,7 @@ class Checkpoint:
     epochs: int | None = None
     finished: bool = False
     callbacks: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    stopped: bool = False
 
 
 def save(folder: str | os.PathLike, checkpoint: Checkpoint) -> None:
@@ -58,6 +59,7 @@ def save(folder: str | os.PathLike, checkpoint: Checkpoint) -> None:
         "epochs": json.dumps(checkpoint.epochs),
         "finished": json.dumps(checkpoint.finished),
         "callbacks": json.dumps(checkpoint.callbacks),
+        "stopped": json.dumps(checkpoint.stopped),
     }
     path = Path(folder) / FILE
     try:
@@ -91,8 +93,8 @@ def load(folder: str | os.PathLike) -> Checkpoint | None:
             if metadata.get("format") != _FORMAT:
                 raise ValueError(f"format {metadata.get('format')!r}")
             arrays = {name: file.get_tensor(name) for name in file.keys()}
-        # The last three are not in files of before there were such.
-        later = (("epochs", "null"), ("finished", "false"), ("callbacks", "[]"))
+        # The last four are not in files of before there were such.
+        later = (("epochs", "null"), ("finished", "false"), ("callbacks", "[]"), ("stopped", "false"))
         more = {name: json.loads(metadata.get(name, plain)) for name, plain in later}
         found = Checkpoint(
             int(metadata["step"]), json.loads(metadata["settings"]), json.loads(metadata["log"]), arrays, **more

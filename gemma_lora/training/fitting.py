@@ -280,7 +280,9 @@ class _Run:
         more = {"model": tuner, "epochs": self.epochs, "steps": len(self.data), "verbose": verbose}
         before = [StepEnds(tuner), tuner.log, *line]
         run = running.RunningCallbacks(before, self.callbacks, after, self.data, **more)
-        given |= {"callbacks": run, "epochs": self.epochs, "initial_epoch": first + self.ended, "verbose": verbose}
+        # A run that a callback had stopped when it was killed has only its end to do.
+        begin = self.epochs if self.found and self.found.stopped else first + self.ended
+        given |= {"callbacks": run, "epochs": self.epochs, "initial_epoch": begin, "verbose": verbose}
         try:
             return keras_fit(self.data, shuffle=False, **given)
         except KeyboardInterrupt:

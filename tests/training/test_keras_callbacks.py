@@ -90,6 +90,32 @@ def test_early_stopping_stops_and_gives_back_the_best_epoch_and_a_stopped_run_is
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["EarlyStopping", "KeepBest"])
+def test_a_run_killed_right_after_early_stopping_trains_no_further(tmp_path, kind):
+    def stopping():
+        if kind == "KeepBest":
+            return KeepBest(patience=2)
+        return keras.callbacks.EarlyStopping(patience=2, restore_best_weights=True)
+
+    def kill(logs):
+        raise KeyboardInterrupt
+
+    whole = small_tuner(run_dir=tmp_path / "whole")
+    history = whole.fit(RECORDS, epochs=6, verbose=0, callbacks=[Scripted(LOSSES), stopping()])
+    with pytest.raises(KeyboardInterrupt):
+        small_tuner(run_dir=tmp_path / "cut").fit(
+            RECORDS, epochs=6, verbose=0, callbacks=[callback(on_train_end=kill), Scripted(LOSSES), stopping()]
+        )
+    found = checkpoint.load(tmp_path / "cut")
+    assert found.stopped and not found.finished
+    cut = small_tuner(run_dir=tmp_path / "cut")
+    again = cut.fit(RECORDS, epochs=6, verbose=0, callbacks=[Scripted(LOSSES), stopping()])
+    assert again.history == history.history and len(cut.log.rows) == len(whole.log.rows)
+    same(weights_of(cut), weights_of(whole))
+    assert checkpoint.load(tmp_path / "cut").finished
+
+
+@pytest.mark.slow
 def test_a_run_stopped_by_a_callback_within_an_epoch_is_finished(tmp_path):
     def stop(batch, logs):
         tuner.stop_training = batch == 1
