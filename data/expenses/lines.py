@@ -43,7 +43,8 @@ NEW_LOCALES = {
     "km_KH": ("km", "KHR"),
     "lo_LA": ("lo", "LAK"),
 }
-# Written forms that name exactly one currency here. "$", "kr" and "¥" name none. "£" is read as GBP.
+# Written forms that name exactly one currency here. "$", "kr", "¥", "￥" and "元" name none. "£" is read as GBP, "R" as
+# ZAR.
 SYMBOLS = {
     "EUR": ["€", "€", "€", "euro"],
     "GBP": ["£", "£", "GBP"],
@@ -56,6 +57,7 @@ SYMBOLS = {
     "SGD": ["S$", "SGD"],
     "MXN": ["MX$", "MXN"],
     "BRL": ["R$"],
+    "ZAR": ["R"],
     "INR": ["₹"],
     "KRW": ["₩"],
     "ILS": ["₪"],
@@ -78,10 +80,46 @@ SYMBOLS = {
     "LAK": ["₭"],
 }
 AMBIGUOUS = {
-    **dict.fromkeys(["USD", "CAD", "AUD", "NZD", "HKD", "TWD", "SGD", "MXN"], "$"),
-    **dict.fromkeys(["SEK", "NOK", "DKK", "ISK"], "kr"),
-    "JPY": "¥",
-    "CNY": "¥",
+    **dict.fromkeys(["USD", "CAD", "AUD", "NZD", "HKD", "TWD", "SGD", "MXN"], ["$"]),
+    **dict.fromkeys(["SEK", "NOK", "DKK", "ISK"], ["kr"]),
+    "JPY": ["¥", "￥"],
+    "CNY": ["¥", "￥"],
+}
+# Beside Japanese kana, "¥" and "￥" are JPY; beside simplified Chinese characters, these and "元" are CNY.
+LANGUAGE_SIGNS = {"ja": ("JPY", ["¥", "￥", "￥"]), "zh": ("CNY", ["¥", "￥", "元", "元"])}
+LANGUAGE_MARKS = {
+    "ja": re.compile("[ぁ-んァ-ヶ]"),
+    "zh": re.compile("[费购订账单户时间额书馆饭药买给还卡垫转请张财为]"),
+}
+# Every currency's code: no merchant is called so.
+CODES = frozenset(Locale.parse("en").currencies)
+# Currencies in English words, written after the number.
+ENGLISH_WORDS = {
+    "EUR": "euros",
+    "USD": "US dollars",
+    "GBP": "pounds",
+    "JPY": "yen",
+    "CNY": "yuan",
+    "CAD": "Canadian dollars",
+    "AUD": "Australian dollars",
+    "NZD": "New Zealand dollars",
+    "HKD": "Hong Kong dollars",
+    "SGD": "Singapore dollars",
+    "CHF": "Swiss francs",
+    "SEK": "Swedish kronor",
+    "NOK": "Norwegian kroner",
+    "DKK": "Danish kroner",
+    "KRW": "won",
+    "INR": "Indian rupees",
+    "MXN": "Mexican pesos",
+    "BRL": "reais",
+    "ZAR": "rand",
+    "PLN": "zloty",
+    "THB": "baht",
+    "ILS": "shekels",
+    "TRY": "Turkish lira",
+    "CZK": "Czech koruna",
+    "HUF": "forint",
 }
 LOCAL_WORDS = {
     ("ja", "JPY"): "円",
@@ -96,42 +134,14 @@ LOCAL_WORDS = {
     ("ja", "USD"): "米ドル",
     ("ja", "EUR"): "ユーロ",
 }
+# Currencies away from home. Those of the twenty most traded that are no locale's home come up twice as often.
 FOREIGN = [
-    "EUR",
-    "USD",
-    "GBP",
-    "NOK",
-    "DKK",
-    "NZD",
-    "HKD",
-    "SGD",
-    "TWD",
-    "HUF",
-    "UAH",
-    "VND",
-    "PHP",
-    "KWD",
-    "AED",
-    "CHF",
-    "JPY",
-    "SEK",
-    "NOK",
-    "DKK",
-    "NZD",
-    "HKD",
-    "SGD",
-    "TWD",
-    "HUF",
-    "UAH",
-    "VND",
-    "PHP",
-    "KWD",
-    "AED",
-    "ISK",
-    "ISK",
-    "CAD",
-    "MXN",
+    *("NOK", "DKK", "NZD", "HKD", "SGD", "TWD", "ZAR", "PLN", "KWD") * 2,
+    *("EUR", "USD", "GBP", "JPY", "CHF", "CAD", "MXN", "SEK", "CNY", "KRW", "INR", "BRL", "THB", "ILS", "TRY", "CZK"),
+    *("HUF", "UAH", "VND", "PHP", "AED", "ISK"),
 ]
+# Currencies whose merchants are named in a language that no locale of train speaks.
+MERCHANT_LANGUAGES = {"PLN": "pl", "CZK": "cs", "TRY": "tr"}
 # Units of the currency that buy about as much as one euro: the scale of amounts.
 SCALE = {
     "INR": 80,
@@ -153,6 +163,10 @@ SCALE = {
     "UAH": 30,
     "TRY": 10,
     "CNY": 5,
+    "ZAR": 15,
+    "PLN": 4,
+    "ILS": 4,
+    "HKD": 8,
     "KWD": 0.5,
     "AMD": 300,
     "BDT": 80,
@@ -264,35 +278,45 @@ def render_number(
 
 
 def render_amount(
-    rng: Random, amount: Decimal, currency: str, locale: str, language: str, tight: bool
+    rng: Random, amount: Decimal, currency: str, locale: str, language: str, tight: bool, marked: bool = False
 ) -> tuple[str, bool]:
-    """Number and currency as written; True when the currency must be stated elsewhere."""
+    """Number and currency as written; True when the currency must be stated elsewhere.
+
+    `marked` says that the line shows its language, which `LANGUAGE_SIGNS` asks for.
+    """
     symbols = SYMBOLS.get(currency, [currency])
     draw = rng.random()
-    stated = draw < 0.1 or (currency in AMBIGUOUS and draw < 0.3)
-    if stated and (currency not in AMBIGUOUS or draw < 0.04) and not tight:
+    vague = currency in AMBIGUOUS
+    stated = draw < 0.1 or (vague and draw < (0.45 if "kr" in AMBIGUOUS[currency] else 0.3))
+    if stated and (not vague or draw < 0.04) and not tight:
         return render_number(rng, amount, currency, locale, tight, fractions=True), True
-    if stated and currency in AMBIGUOUS:
-        mark = AMBIGUOUS[currency]
+    stated = stated and vague
+    sign_currency, signs = LANGUAGE_SIGNS.get(language, ("", []))
+    if marked and currency == sign_currency and draw < 0.45:
+        mark, stated = rng.choice(signs), stated and draw < 0.15
+    elif stated:
+        mark = rng.choice(AMBIGUOUS[currency])
+    elif language == "en" and currency in ENGLISH_WORDS and rng.random() < 0.1:
+        return f"{render_number(rng, amount, currency, locale, tight)} {ENGLISH_WORDS[currency]}", False
     elif (language, currency) in LOCAL_WORDS and draw < 0.6:
         mark = LOCAL_WORDS[language, currency]
     else:
         mark = currency if draw > 0.72 else rng.choice(symbols)
-    number = render_number(rng, amount, currency, locale, tight)
-    after = (
-        mark in ("円", "원", "kr", "zł", "Kč", "Ft", "euro", "RMB")
-        or (language, currency) in LOCAL_WORDS
-        and mark in LOCAL_WORDS.values()
-        and mark != "人民币"
-    )
+    return place(rng, render_number(rng, amount, currency, locale, tight), mark, currency, language), stated
+
+
+def place(rng: Random, number: str, mark: str, currency: str, language: str) -> str:
+    """The number with its currency's mark before or after it."""
+    local = (language, currency) in LOCAL_WORDS and mark in LOCAL_WORDS.values() and mark != "人民币"
     english = language in ("en", "zh", "ja", "ko", "th", "hi") or (currency == "BRL" and language == "pt")
-    if after or rng.random() < (0.15 if english else 0.8):
-        gap = "" if mark in ("円", "원", "人民币") else rng.choice(["", " ", " ", "\u00a0"])
-        return number + (
-            " " if mark.isalpha() and mark.isascii() and not gap else gap
-        ) + mark, stated and currency in AMBIGUOUS
+    after = local or mark in ("円", "원", "元", "kr", "zł", "Kč", "Ft", "euro", "RMB")
+    if after or (mark not in ("R", "￥") and rng.random() < (0.15 if english else 0.8)):
+        gap = "" if mark in ("円", "원", "元", "人民币") else rng.choice(["", " ", " ", "\u00a0"])
+        return number + (" " if mark.isalpha() and mark.isascii() and not gap else gap) + mark
+    if mark == "R":
+        return mark + rng.choice(["", " ", "\u00a0"]) + number
     gap = rng.choice([" ", " ", "\u00a0"]) if mark[-1].isalpha() else rng.choice(["", "", " "])
-    return mark + gap + number, stated and currency in AMBIGUOUS
+    return mark + gap + number
 
 
 def state_defaults(rng: Random, currency: str | None, order: str | None) -> str:

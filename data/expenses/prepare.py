@@ -18,8 +18,10 @@ from random import Random
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import items as it
 import lines as ln
 import patterns as pt
+import purchases as pu
 import vocabulary as vo
 
 FOLDER = Path(__file__).resolve().parent
@@ -42,6 +44,11 @@ KINDS = ["named"] * 7 + ["iso"] + ["numeric"] * 2
 # What is hard to learn stands in train more often than it is tested: a model sees about a thousand lines of it.
 TRAIN_NOISE = (*NOISE, "missing_year")
 TRAIN_KINDS = KINDS + ["named", "numeric"]
+# How often a line's pattern is of a family: the three fields alone, with labels, in a sentence; with what was bought in
+# a sentence, or as a fourth field; addressed to a person, or about paying back. An unseen split has sentences instead
+# of the plain kinds.
+FAMILIES = {"bare": 0.2, "labelled": 0.13, "sentence": 0.35, "bought": 0.15, "fields": 0.07, "addressed": 0.1}
+SENTENCE_OF = {"bare": "sentence", "labelled": "sentence", "fields": "bought"}
 CARDS = [
     "Visa ••1234",
     "MC *{n}",
@@ -129,6 +136,8 @@ class Line:
     noise: tuple[str, ...]
     words: tuple[str, ...]
     month: int
+    family: str
+    bought: tuple[str, ...]
     record: dict[str, str] = field(init=False)
 
     def __post_init__(self):
@@ -162,18 +171,22 @@ def words_of(language: str, pool: str) -> list[str]:
 
 
 def brand(rng: Random, pool: str) -> tuple[str, tuple[str, ...]]:
-    """An invented brand such as "Zorvella" or "Kintex Foods", drawn again until it falls into the pool."""
+    """An invented brand such as "Zorvella", "Kintex Foods" or "MBT", drawn again until it falls into the pool."""
+    initials = rng.random() < 0.2
     while True:
-        name = rng.choice(vo.ONSETS) + rng.choice(vo.VOWELS) + rng.choice(vo.CODAS) + rng.choice(vo.ENDINGS)
-        if pool_of(name) == pool:
+        if initials:
+            name = "".join(rng.sample(vo.INITIALS, 3))
+        else:
+            name = rng.choice(vo.ONSETS) + rng.choice(vo.VOWELS) + rng.choice(vo.CODAS) + rng.choice(vo.ENDINGS)
+        if pool_of(name) == pool and name not in ln.CODES:
             break
-    tail = rng.choice(vo.BRAND_TAILS)
+    tail = "" if initials else rng.choice(vo.BRAND_TAILS)
     return f"{name} {tail}".strip(), (name,)
 
 
 def merchant(rng: Random, language: str, pool: str) -> tuple[str, tuple[str, ...]]:
     """A merchant and its distinctive words."""
-    if pool != "test_new_locales" and rng.random() < 0.14:
+    if pool != "test_new_locales" and rng.random() < 0.16:
         name, used = brand(rng, pool)
     else:
         words = words_of(language, pool)
@@ -186,22 +199,42 @@ def merchant(rng: Random, language: str, pool: str) -> tuple[str, tuple[str, ...
         used = tuple(fill[key] for key in dict.fromkeys(keys) if key != "T")
     draw = rng.random()
     if language in ln.LATIN_CASE and draw < 0.17:
-        name = name.upper() if draw < 0.11 else name.lower()
+        name = name.upper() if draw < 0.11 or is_initials(name) else name.lower()
     return name, used
 
 
-def choose_pattern(rng: Random, language: str, pool: str, avoid) -> str:
-    """A pattern of the pool that fits the line's language; every second local line may use English words."""
+def is_initials(name: str) -> bool:
+    """Whether a merchant is three capitals, which beside a number would look like a currency."""
+    return re.fullmatch("[A-Z]{3}", name) is not None
+
+
+def families_of(language: str, pool: str) -> dict[str, list[str]]:
+    """The patterns of one language that a pool may use, by family."""
+    if pool in ("validation_unseen", "test_unseen"):
+        unseen = pool == "validation_unseen"
+        purchases = (pu.VALIDATION_UNSEEN if unseen else pu.TEST_UNSEEN).get(language, [])
+        return {
+            "sentence": (pt.VALIDATION_UNSEEN if unseen else pt.TEST_UNSEEN)[language],
+            "bought": [pattern for pattern in purchases if "{p}" not in pattern],
+            "addressed": [pattern for pattern in purchases if "{p}" in pattern],
+        }
+    families = pt.train_patterns(language)
+    if pool != "test_new_locales":
+        families |= {"bought": pu.BOUGHT[language], "fields": pu.FOUR_FIELDS, "addressed": pu.ADDRESSED[language]}
+    return families
+
+
+def choose_pattern(rng: Random, language: str, pool: str, avoid) -> tuple[str, str, str]:
+    """The family, the pattern and its language; a third of the local lines have English words."""
     while True:
-        spoken = "en" if language not in pt.LABELS or rng.random() < 0.3 else language
-        if pool in ("validation_unseen", "test_unseen"):
-            table = pt.VALIDATION_UNSEEN if pool == "validation_unseen" else pt.TEST_UNSEEN
-            pattern = rng.choice(table[spoken])
-        else:
-            families = pt.train_patterns(spoken)
-            pattern = rng.choice(families[rng.choices(["bare", "labelled", "sentence"], [0.3, 0.2, 0.5])[0]])
-        if not avoid(pattern):
-            return pattern
+        family = rng.choices(list(FAMILIES), list(FAMILIES.values()))[0]
+        english = 0.3 if family in ("bare", "labelled", "sentence") else 0.4
+        spoken = "en" if language not in pt.LABELS or rng.random() < english else language
+        families = families_of(spoken, pool)
+        family = family if family in families else SENTENCE_OF.get(family)
+        patterns = families.get(family)
+        if patterns and not avoid(pattern := rng.choice(patterns), family):
+            return family, pattern, spoken
 
 
 def must_avoid(name: str, noise: tuple[str, ...]):
@@ -209,7 +242,13 @@ def must_avoid(name: str, noise: tuple[str, ...]):
     edge_digit = name[0].isdigit() or name[-1].isdigit()
     first = re.escape(name.split()[0])
 
-    def avoid(pattern: str) -> bool:
+    def avoid(pattern: str, family: str) -> bool:
+        if family == "addressed" and {"abbreviation", "extra_words"} & set(noise):
+            return True
+        if family == "fields" and name.islower():
+            return True
+        if is_initials(name) and re.search(r"\{m\}\W*\{a\}|\{a\}\W*\{m\}", pattern):
+            return True
         if edge_digit and re.search(r"\{[ad]\}\s+\{m\}|\{m\}\s+\{[ad]\}", pattern):
             return True
         if re.search(rf"\b{first} \{{m\}}", pattern, re.I) or ("&" in name and "&" in pattern):
@@ -247,10 +286,21 @@ def vo_taxes(rng: Random, language: str) -> tuple[str, tuple[str, ...], str]:
     return TAXES.get(language if rng.random() < 0.6 else "en", TAXES["en"])
 
 
-def add_words(rng: Random, line: str, language: str) -> str:
-    """Words that say nothing about the answer, kept apart by a separator."""
+def informal(rng: Random, pattern: str, fields: dict[str, str]) -> str:
+    """Now and then a capital for an item that begins a line, or none for a greeting."""
+    if pattern.startswith("{i}") and rng.random() < 0.4:
+        fields["i"] = fields["i"][0].upper() + fields["i"][1:]
+    if re.match(r"(Hi|Hey|Hello|Dear) ", pattern) and rng.random() < 0.25:
+        if "p" in fields and rng.random() < 0.6:
+            fields["p"] = fields["p"].lower()
+        return pattern[0].lower() + pattern[1:]
+    return pattern
+
+
+def add_words(rng: Random, line: str, language: str, bought: bool) -> str:
+    """Words that say nothing about the answer, kept apart by a separator; `bought`: the line says what was bought."""
     number = f"{rng.randint(1000, 9999)}"
-    if rng.random() < 0.55:
+    if bought or rng.random() < 0.55:
         note = rng.choice(CARDS).format(n=number)
         return line + rng.choice([" - {x}", ", {x}", " | {x}", " ({x})"]).format(x=note)
     leads = LEADS + [LEADS_LOCAL[language]] * 3 if language in LEADS_LOCAL else LEADS
@@ -290,19 +340,24 @@ class Maker:
         noise = (self.noises.deal(),) if self.noisy.deal() else ()
         if noise and rng.random() < 0.12 and self.pool != "test_new_locales":
             noise = tuple(dict.fromkeys((*noise, rng.choice(["ocr", "extra_words"]))))
-        currency = home if self.pool == "test_new_locales" or rng.random() < 0.65 else self.foreign.deal()
+        currency = home if self.pool == "test_new_locales" or rng.random() < 0.6 else self.foreign.deal()
         spoken = "en" if rng.random() < 0.2 and self.pool != "test_new_locales" else language
+        if currency in ln.MERCHANT_LANGUAGES and rng.random() < 0.5:
+            spoken = ln.MERCHANT_LANGUAGES[currency]
         name, words = merchant(rng, spoken, self.pool)
-        pattern = choose_pattern(rng, language, self.pool, must_avoid(name, noise))
+        family, pattern, spoken = choose_pattern(rng, language, self.pool, must_avoid(name, noise))
+        fields, bought = it.fill(rng, pattern, spoken, self.pool)
         month = self.months[locale].deal()
         day = draw_date(rng, month, noise)
-        while (written := self.write(locale, language, home, currency, noise, name, pattern, day)) is None:
+        while (
+            written := self.write(locale, language, home, currency, noise, {"m": name, **fields}, pattern, day)
+        ) is None:
             pass
         text, amount = written
         answer = {"date": day.isoformat(), "amount": str(amount), "currency": currency, "merchant": name}
-        return Line(text, answer, locale, language, pattern, noise, words, month)
+        return Line(text, answer, locale, language, pattern, noise, words, month, family, bought)
 
-    def write(self, locale, language, home, currency, noise, name, pattern, day) -> tuple[str, Decimal] | None:
+    def write(self, locale, language, home, currency, noise, fields, pattern, day) -> tuple[str, Decimal] | None:
         """The line's text and amount, or None where an OCR slip found no digit to take."""
         rng = self.rng
         kind = self.kinds[locale].deal()
@@ -310,8 +365,11 @@ class Maker:
         form = rng.choice(self.date_forms(locale, kind, "missing_year" not in noise))
         when = ln.render_date(rng, day, form, locale)
         amount = ln.draw_amount(rng, currency)
-        tight = bool(re.search(r"\{[adm]\}\W*\{[ad]\}|\{[ad]\}\W*\{[adm]\}", pattern)) or "tips_taxes" in noise
-        money, unstated = ln.render_amount(rng, amount, currency, locale, language, tight)
+        tight = bool(re.search(r"\{[admi]\}\W*\{[ad]\}|\{[ad]\}\W*\{[admi]\}", pattern)) or "tips_taxes" in noise
+        marks = ln.LANGUAGE_MARKS.get(language)
+        shown = re.sub(r"\{([miwpq])\}", lambda match: fields[match[1]], pattern)
+        marked = bool(marks and marks.search(shown))
+        money, unstated = ln.render_amount(rng, amount, currency, locale, language, tight, marked)
         if language == "ar" and rng.random() < 0.35 and not noise:
             money, when = money.translate(ln.ARABIC_NUMBER), when.translate(ln.ARABIC_DIGITS)
         if "ocr" in noise:
@@ -325,7 +383,7 @@ class Maker:
             sentence = pattern not in pt.bare_patterns()
             money, note = with_taxes(rng, amount, money, currency, locale, language, sentence)
         order = ln.date_order(form) if ln.needs_order(form, day) else None
-        text = self.assemble(pattern, {"d": when, "a": money, "m": name}, noise, language) + note
+        text = self.assemble(pattern, {**fields, "d": when, "a": money}, noise, language) + note
         return self.frame(text, home if order and not unstated else currency, order, unstated, noise, day), amount
 
     def date_forms(self, locale: str, kind: str, year: bool) -> list[str]:
@@ -346,9 +404,10 @@ class Maker:
                 fields["a"] = rng.choice(SHORT_TOTALS).format(a=fields["a"])
             else:
                 lead = rng.choice(SHORT_LEADS)
-        text = re.sub(r"\{([dam])\}", lambda match: fields[match[1]], pattern)
+        pattern = informal(rng, pattern, fields)
+        text = re.sub(r"\{([damiwpq])\}", lambda match: fields[match[1]], pattern)
         text = lead.replace("{l}", text).replace("{n}", str(rng.randint(1000, 9999)))
-        return add_words(rng, text, language) if "extra_words" in noise else text
+        return add_words(rng, text, language, "{i}" in pattern) if "extra_words" in noise else text
 
     def frame(self, text: str, currency: str, order: str | None, unstated: bool, noise, day: date) -> str:
         """States the default currency, the date order and the reference date, before or after the line."""

@@ -6,13 +6,13 @@ by all pools. `SHAPES` says how a merchant is put together: W, V and U are disti
 """
 
 
-def _split(text: str) -> list[str]:
+def split_words(text: str) -> list[str]:
     """Splits a comma-separated list, keeping the order and dropping repeats."""
     return list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
 
 
 WORDS = {
-    "en": _split(
+    "en": split_words(
         "Abbott, Acorn, Alder, Anchor, Archer, Ashford, Aster, Badger, Bailey, Barker, Barlow, Beacon, "
         "Bennett, Birch, Blackwood, Bluebird, Bramble, Brighton, Brook, Cardinal, Carver, Cedar, Chandler, "
         "Chester, Clover, Copper, Coral, Cotton, Cricket, Crown, Daisy, Dalton, Denver, Dolphin, Drake, "
@@ -31,7 +31,7 @@ WORDS = {
         "Westfield, Wheeler, Whistler, Wildflower, Willow, Winston, Woodland, Wren, Yardley, Yellowstone, "
         "Zephyr"
     ),
-    "de": _split(
+    "de": split_words(
         "Adler, Ahorn, Albrecht, Bauer, Becker, Bergmann, Birke, Brandt, Bremen, Brunnen, Dietrich, "
         "Drossel, Eiche, Engel, Falke, Fischer, Forelle, Frankfurt, Friedrich, Fuchs, Gärtner, Goldene, "
         "Grüner, Hahn, Hartmann, Heidelberg, Hirsch, Hoffmann, Holzmann, Huber, Jäger, Kaiser, Kastanie, "
@@ -41,7 +41,7 @@ WORDS = {
         "Sonnenhof, Stein, Storch, Talblick, Tanne, Ulmer, Vogel, Wagner, Waldmann, Weber, Winkler, Wolff, "
         "Ziegler, Zimmermann"
     ),
-    "fr": _split(
+    "fr": split_words(
         "Abeille, Alouette, Amandier, Ancre, Beaumont, Bellevue, Bernard, Bertrand, Blanchard, Bordeaux, "
         "Cerise, Chabrol, Charbonnier, Chevalier, Cigale, Cigogne, Clémence, Colombe, Coquelicot, "
         "Delacroix, Dubois, Duchamp, Dupont, Étoile, Fontaine, Fournier, Garance, Gaspard, Girard, "
@@ -52,7 +52,7 @@ WORDS = {
         "Séverine, Soleil, Tilleul, Toulouse, Tournesol, Trois Rivières, Vallon, Verger, Vigneron, "
         "Violette, Voltaire"
     ),
-    "es": _split(
+    "es": split_words(
         "Acacia, Aguilar, Alameda, Alhambra, Almendro, Alonso, Azahar, Azucena, Benítez, Bilbao, "
         "Buenavista, Caballero, Cabrera, Campos, Cantera, Carmona, Castaño, Castillo, Cigüeña, Clavel, "
         "Colibrí, Córdoba, Delgado, Domínguez, Encina, Escobar, Esperanza, Estrella, Fernández, Fuente, "
@@ -62,7 +62,7 @@ WORDS = {
         "Quintana, Ramírez, Ribera, Romero, Rosales, Salamanca, Sandoval, Serrano, Toledo, Triana, Vargas, "
         "Zaragoza"
     ),
-    "it": _split(
+    "it": split_words(
         "Airone, Allegri, Amalfi, Aquila, Arancio, Barbieri, Bellini, Benedetti, Bianchi, Brera, Bruno, "
         "Cannella, Capri, Caruso, Castello, Cedro, Ciliegio, Colombo, Conti, Cortina, De Luca, Delfino, "
         "Esposito, Fabbri, Farfalla, Ferrara, Fiorentino, Fontana, Gallo, Gatti, Ginestra, Girasole, "
@@ -72,7 +72,7 @@ WORDS = {
         "Verdi, "
         "Villani, Zanetti"
     ),
-    "pt": _split(
+    "pt": split_words(
         "Almeida, Andorinha, Araújo, Azulejo, Barbosa, Beija-Flor, Bonfim, Cajueiro, Cardoso, Carvalho, "
         "Coelho, Copacabana, Cravo, Curitiba, Estrela, Fazenda, Ferreira, Figueira, Fonseca, Gaivota, "
         "Goiabeira, Guimarães, Ipanema, Ipê, Jangada, Lapa, Laranjeira, Leblon, Lima, Macedo, Magalhães, "
@@ -81,7 +81,7 @@ WORDS = {
         "Vila "
         "Nova, Xavier"
     ),
-    "nl": _split(
+    "nl": split_words(
         "Aalbers, Bakker, Beukenhof, Boerderij, Bosch, Brouwer, Buitenhof, De Boer, De Graaf, De Haan, De "
         "Wit, Delft, Dijkstra, Duinzicht, Eekhoorn, Gouden, Groenewoud, Haarlem, Hendriks, Hofman, "
         "Ijsvogel, Jansen, Kastanje, Kikker, Kok, Korenbloem, Kuiper, Leeuwerik, Linden, Maas, Meijer, "
@@ -89,7 +89,7 @@ WORDS = {
         "Van Dam, Van Dijk, Van Leeuwen, Veldhuis, Vermeer, Visser, Vlinder, Vos, Willems, Zonnebloem, "
         "Zwaan"
     ),
-    "sv": _split(
+    "sv": split_words(
         "Andersson, Backa, Berglund, Björken, Blåsippan, Dahlberg, Ekström, Eriksson, Fjällräven, "
         "Forsberg, "
         "Göteborg, Granen, Gustafsson, Gyllene, Hallon, Hammar, Hedlund, Holmgren, Hägern, Jansson, "
@@ -97,28 +97,28 @@ WORDS = {
         "Nilsson, Norrland, Nyström, Olsson, Persson, Rönnen, Sandberg, Sjöberg, Skogsbacken, Smultron, "
         "Stenberg, Strömmen, Svalan, Södermalm, Tranan, Uggla, Uppsala, Vasa, Wallin, Åkesson, Älgen, Öberg"
     ),
-    "pl": _split(
+    "pl": split_words(
         "Adamski, Bażant, Bieszczady, Bocian, Brzozowa, Chmielna, Czarny, Dąbrowski, Dębowa, Gdańsk, "
         "Górski, Grabowski, Jabłonka, Jankowski, Jaskółka, Jastrząb, Kalina, Kamińska, Kasztan, Kowalczyk, "
         "Kowalski, Kozłowski, Krakus, Krawczyk, Kwiatkowska, Lewandowski, Lipowa, Łoś, Malina, Mazurek, "
         "Michalak, Modrzew, Nowak, Orzeł, Pawlak, Piotrowski, Poziomka, Rybak, Sobótka, Sokołowski, Sosna, "
         "Szymański, Toruń, Wierzba, Wilczek, Wiśniewski, Wójcik, Wrocław, Zakopane, Zając, Zieliński, Żubr"
     ),
-    "cs": _split(
+    "cs": split_words(
         "Beneš, Brno, Bříza, Čapek, Čermák, Černý, Doležal, Dvořák, Fiala, Havránek, Holub, Horák, "
         "Hradčany, Jelínek, Kadlec, Karlín, Kolář, Kovář, Králík, Kratochvíl, Krejčí, Kučera, Labuť, Lípa, "
         "Marek, Modrá, Moravec, Němec, Novák, Novotný, Olomouc, Pivoňka, Pokorný, Pospíšil, Procházka, "
         "Růžička, Sedláček, Skřivan, Slavík, Smrček, Sokol, Svoboda, Šípek, Šťastný, Urban, Veselý, "
         "Vinohrady, Vlček, Vltava, Zelený, Zeman, Žižkov"
     ),
-    "tr": _split(
+    "tr": split_words(
         "Akdeniz, Aksoy, Anadolu, Arslan, Aydın, Bahar, Balıkçı, Beyaz, Boğaziçi, Bozkurt, Bursa, Çelik, "
         "Çınar, Demir, Doğan, Erdem, Galata, Gökçe, Gül, Güneş, Hanımeli, İncir, Kadıköy, Kapadokya, Kara, "
         "Kardeşler, Kaya, Kılıç, Kırlangıç, Koç, Lale, Leylak, Martı, Mavi, Menekşe, Nar, Öztürk, Papatya, "
         "Şahin, Selvi, Şimşek, Sultan, Taş, Tekin, Toros, Turna, Uludağ, Ünal, Yakamoz, Yalçın, Yıldız, "
         "Zeytin"
     ),
-    "ru": _split(
+    "ru": split_words(
         "Аврора, Айсберг, Акация, Алёнка, Андреев, Арбат, Аист, Байкал, Берёзка, Богатырь, Василёк, "
         "Виктория, Волга, Восход, Гагарин, Горизонт, Гранат, Дельфин, Дубрава, Ермак, Жар-птица, Журавль, "
         "Заря, Звезда, Ивушка, Ирбис, Калинка, Каскад, Кедр, Ключ, Ковалёв, Колосок, Кристалл, Кузнецов, "
@@ -127,7 +127,7 @@ WORDS = {
         "Смирнов, Сокол, Соловей, Соколов, Тайга, Тройка, Урал, Факел, Фортуна, Хуторок, Чайка, Эдельвейс, "
         "Юность, Яблоня"
     ),
-    "el": _split(
+    "el": split_words(
         "Αίολος, Ακρόπολη, Αλκυόνη, Αμυγδαλιά, Απόλλων, Αργώ, Αρχοντικό, Αστέρι, Αύρα, Βασιλικός, "
         "Γεωργίου, "
         "Γλάρος, Δάφνη, Δελφίνι, Δημητρίου, Δρυάδα, Ελαία, Ερμής, Ζέφυρος, Ηλιάδης, Θάλασσα, Θεοδώρου, "
@@ -135,13 +135,13 @@ WORDS = {
         "Μέλισσα, Μύλος, Νικολάου, Ολυμπία, Ορφέας, Παπαδόπουλος, Πλάτανος, Ποσειδών, Ροδιά, Σαντορίνη, "
         "Σταθμός, Τριανταφυλλιά, Φάρος, Φεγγάρι, Χελιδόνι, Χρυσός, Ωκεανός"
     ),
-    "he": _split(
+    "he": split_words(
         "אביב, אדום, אורן, אלון, ארז, אשכול, ברוש, ברק, גולן, גורדון, גליל, גפן, דולב, דקל, הדס, הדר, "
         "הזית, "
         "הירקון, הכרמל, זהב, חרמון, יהלום, יונה, ים, כהן, כוכב, כנרת, לביא, לוי, מזרחי, מעיין, נופר, נחל, "
         "סביון, ספיר, ענבר, פרץ, צבר, רותם, רימון, שקד, שקמה, שרון, תבור, תמר, תפוז"
     ),
-    "ar": _split(
+    "ar": split_words(
         "الأمل, الأمير, الأندلس, الأهرام, البحر, البدر, البستان, الجزيرة, الجوهرة, الحديقة, الخليج, "
         "الديوان, الربيع, الروضة, الريحان, الزهراء, الزيتون, السلام, السندباد, الشرق, الشروق, الصفا, "
         "العاصمة, العائلة, العنبر, الفردوس, الفيروز, القصر, القمر, الكرم, الكوثر, اللؤلؤة, المدينة, "
@@ -149,34 +149,34 @@ WORDS = {
         "سمير, "
         "شهرزاد, غرناطة, فاروق, قرطاج, كنوز, لبنان, منصور, نفرتيتي"
     ),
-    "hi": _split(
+    "hi": split_words(
         "अमृत, अन्नपूर्णा, अशोक, आनंद, आकाश, उदय, कमल, कावेरी, किसान, कृष्णा, गंगा, गणेश, गुप्ता, गुलमोहर, "
         "चंदन, चंद्रिका, जगदंबा, जयपुर, तुलसी, दिल्ली, दीपक, नटराज, नवरंग, नीलकमल, पंजाब, प्रकाश, प्रिया, "
         "बजरंग, बनारस, भारत, मधुबन, महालक्ष्मी, मिलन, मोहन, यमुना, रजत, राजधानी, राधिका, रामदेव, लखनऊ, "
         "विजय, वृंदावन, शर्मा, शांति, श्रीनाथ, संगम, सागर, सूर्या, स्वागत, हिमालय"
     ),
-    "th": _split(
+    "th": split_words(
         "กรุงทอง, กุหลาบ, แก้วตา, ขวัญใจ, คชสาร, จันทรา, จำปี, ชบา, ชัยมงคล, เชียงใหม่, ดวงดาว, ดอกคูน, "
         "ต้นไม้, ทองคำ, ทะเลใส, ธาราทิพย์, นกยูง, นครชัย, นางนวล, บัวหลวง, บางกอก, บ้านสวน, ใบเตย, ปลาทอง, "
         "เพชรบุรี, พลอยงาม, ฟ้าใส, ภูผา, มะลิ, มิตรภาพ, รวงข้าว, รุ่งเรือง, ลำดวน, วังน้ำ, ศรีไทย, "
         "สมบูรณ์, "
         "สยาม, สายรุ้ง, สุขใจ, แสงจันทร์, อรุณ, อยุธยา, เอราวัณ"
     ),
-    "ja": _split(
+    "ja": split_words(
         "青山, 赤坂, 浅草, あさひ, 朝日屋, 石川, 稲荷, 上野, 梅田, 大久保, 岡本, かえで, 鎌倉, 川崎, "
         "菊池, 北野, 木村, 銀座, 黒田, こまち, 桜井, さくら, 佐藤, "
         "四季, 渋谷, 白樺, 新宿, 鈴木, すみれ, 千鳥, 大黒, 高橋, 竹中, 田中, たんぽぽ, 月見, つばめ, "
         "鶴亀, 富山, 長崎, 中村, なごみ, 西川, 萩原, 花園, 早川, "
         "ひまわり, 広瀬, 藤本, ほたる, 松葉, まるや, 三浦, みどり, 宮本, 森田, 山本, やまびこ, 吉野, 若松"
     ),
-    "ko": _split(
+    "ko": split_words(
         "가온, 강남, 개나리, 경복, 고려, 광장, 금강, 나무, 남산, 누리, 다온, 달빛, 대한, 도토리, 동백, "
         "두루미, 들꽃, 라온, 마루, 명동, 모란, 무지개, 미소, "
         "민들레, 바다, 백두, 별빛, 보름달, 부산, 사랑방, 산들, 새벽, 서울, 소나무, 솔잎, 수원, 시골집, "
         "신촌, 아리랑, 아침, 여름, 연꽃, 예솔, 우리, 은하, 이슬, "
         "장미, 제주, 종로, 진달래, 청솔, 초록, 하늘, 한강, 한솔, 해바라기, 행복, 홍대"
     ),
-    "zh": _split(
+    "zh": split_words(
         "白云, 百合, 宝山, 碧海, 长安, 长江, 长城, 翠竹, 大唐, 东方, 东湖, 凤凰, 福满, 富贵, 光明, 桂花, "
         "和平, 黑土, 红梅, 红叶, 湖滨, 华夏, 黄河, 吉祥, "
         "江南, 金龙, 金沙, 锦绣, 静安, 九州, 康乐, 昆仑, 兰亭, 老王, 蓝天, 丽都, 绿洲, 梅园, 牡丹, 南山, "
@@ -184,156 +184,161 @@ WORDS = {
         "天府, 同福, 万家, 西湖, 喜乐, 湘江, 小李, 新月, 星河, 杏花, 雅居, 燕京, 一品, 永安, 悦来, 云海, "
         "珍珠, 紫荆"
     ),
-    "ka": _split("ალაზანი, არაგვი, ბაზალეთი, იბერია, კოლხეთი, მტკვარი, რუსთაველი, სვანეთი, შატილი, ჯვარი"),
-    "hy": _split("Արարատ, Արագած, Գառնի, Երևան, Կիլիկիա, Մասիս, Նարեկ, Նոյ, Սևան, Տաթև"),
-    "bn": _split("আলো, কর্ণফুলী, কুসুম, ঢাকা, নবান্ন, পদ্মা, বনানী, মেঘনা, শাপলা, সোনালী"),
-    "am": _split("ሀበሻ, ላሊበላ, ሐረር, ሰላም, ሸገር, ባሌ, አክሱም, አዋሽ, ዓባይ, ጣና"),
-    "ta": _split("அன்பு, அருவி, காவேரி, குமரன், செல்வி, தமிழ், தாமரை, மல்லிகை, முல்லை, யாழ்"),
-    "km": _split("អង្គរ, ចម្ប៉ា, បាយ័ន, បុប្ផា, ផ្កាឈូក, ភ្នំពេញ, មេគង្គ, រំដួល, សុរិយា, សៀមរាប"),
-    "lo": _split("ຈຳປາ, ດາວເຮືອງ, ທ່າແຂກ, ນ້ຳງື່ມ, ປາກເຊ, ພູສີ, ລາວທອງ, ວຽງຈັນ, ສະຫວັນ, ຫຼວງພະບາງ"),
+    "ka": split_words("ალაზანი, არაგვი, ბაზალეთი, იბერია, კოლხეთი, მტკვარი, რუსთაველი, სვანეთი, შატილი, ჯვარი"),
+    "hy": split_words("Արարատ, Արագած, Գառնի, Երևան, Կիլիկիա, Մասիս, Նարեկ, Նոյ, Սևան, Տաթև"),
+    "bn": split_words("আলো, কর্ণফুলী, কুসুম, ঢাকা, নবান্ন, পদ্মা, বনানী, মেঘনা, শাপলা, সোনালী"),
+    "am": split_words("ሀበሻ, ላሊበላ, ሐረር, ሰላም, ሸገር, ባሌ, አክሱም, አዋሽ, ዓባይ, ጣና"),
+    "ta": split_words("அன்பு, அருவி, காவேரி, குமரன், செல்வி, தமிழ், தாமரை, மல்லிகை, முல்லை, யாழ்"),
+    "km": split_words("អង្គរ, ចម្ប៉ា, បាយ័ន, បុប្ផា, ផ្កាឈូក, ភ្នំពេញ, មេគង្គ, រំដួល, សុរិយា, សៀមរាប"),
+    "lo": split_words("ຈຳປາ, ດາວເຮືອງ, ທ່າແຂກ, ນ້ຳງື່ມ, ປາກເຊ, ພູສີ, ລາວທອງ, ວຽງຈັນ, ສະຫວັນ, ຫຼວງພະບາງ"),
 }
 
 TYPES = {
-    "en": _split(
+    "en": split_words(
         "Bakery, Books, Café, Cafe, Cleaners, Coffee, Coffee House, Deli, Diner, Drugstore, Electronics, "
         "Florist, Garage, Grill, Grocery, Hardware, Hotel, Inn, Kitchen, Laundry, Market, Motel, Noodle "
         "Bar, Office Supplies, Parking, Pharmacy, Pizza, Print Shop, Pub, Rail, Restaurant, Sandwich Co., "
         "Stationers, Steakhouse, Supplies Ltd, Taxi, Tavern, Tea Room, Tools, Travel, Wine Bar, Dry "
         "Cleaning, Auto Repair, Fish & Chips, Bike Rental, Garden Centre, Camera Store"
     ),
-    "de": _split(
+    "de": split_words(
         "Apotheke, Bäckerei, Baumarkt, Biergarten, Blumenhaus, Buchhandlung, Café, Drogerie, Eisdiele, "
         "Gasthof, Gasthaus, Hotel, Imbiss, Konditorei, Metzgerei, Reinigung, Restaurant, Schreibwaren, "
         "Tankstelle, Weinstube, Werkstatt"
     ),
-    "fr": _split(
+    "fr": split_words(
         "Auberge, Boucherie, Boulangerie, Brasserie, Bistrot, Café, Crêperie, Épicerie, Fleuriste, "
         "Fromagerie, Garage, Hôtel, Librairie, Papeterie, Pâtisserie, Pharmacie, Pressing, Restaurant, "
         "Taxi, Traiteur"
     ),
-    "es": _split(
+    "es": split_words(
         "Bar, Cafetería, Carnicería, Farmacia, Ferretería, Floristería, Frutería, Gasolinera, Heladería, "
         "Hostal, Hotel, Librería, Mesón, Panadería, Papelería, Pastelería, Restaurante, Taberna, Taller, "
         "Taquería, Zapatería"
     ),
-    "it": _split(
+    "it": split_words(
         "Albergo, Bar, Caffè, Cartoleria, Enoteca, Farmacia, Ferramenta, Forno, Gelateria, Libreria, "
         "Lavanderia, Osteria, Panificio, Pasticceria, Pizzeria, Ristorante, Salumeria, Trattoria"
     ),
-    "pt": _split(
+    "pt": split_words(
         "Açougue, Bar, Cafeteria, Churrascaria, Confeitaria, Farmácia, Floricultura, Hotel, Lanchonete, "
         "Lavanderia, Livraria, Mercado, Oficina, Padaria, Papelaria, Pastelaria, Pousada, Restaurante, "
         "Sorveteria"
     ),
-    "nl": _split(
+    "nl": split_words(
         "Apotheek, Bakkerij, Bloemen, Boekhandel, Café, Drogist, Eetcafé, Fietsen, Garage, Grand Café, "
         "Hotel, Kaashandel, Restaurant, Slagerij, Snackbar, Supermarkt, Viswinkel"
     ),
-    "sv": _split(
+    "sv": split_words(
         "Apotek, Bageri, Blommor, Bokhandel, Café, Cykel, Färghandel, Hotell, Järnhandel, Kiosk, "
         "Konditori, "
         "Krog, Kvarterskrog, Pizzeria, Restaurang, Taxi, Värdshus"
     ),
-    "pl": _split(
+    "pl": split_words(
         "Apteka, Bar Mleczny, Cukiernia, Delikatesy, Drogeria, Hotel, Kawiarnia, Karczma, Księgarnia, "
         "Kwiaciarnia, Lodziarnia, Piekarnia, Pizzeria, Pralnia, Restauracja, Sklep, Warsztat"
     ),
-    "cs": _split(
+    "cs": split_words(
         "Cukrárna, Drogerie, Hospoda, Hotel, Kavárna, Knihkupectví, Květiny, Lékárna, Papírnictví, "
         "Pekárna, "
         "Penzion, Pivnice, Potraviny, Restaurace, Řeznictví, Vinárna"
     ),
-    "tr": _split(
+    "tr": split_words(
         "Berber, Büfe, Çiçekçilik, Eczanesi, Fırını, Kafe, Kahvesi, Kebap, Kırtasiye, Kitabevi, Köfte, "
         "Lokantası, Market, Otel, Pastanesi, Pide Salonu, Restoran, Taksi"
     ),
-    "ru": _split(
+    "ru": split_words(
         "Аптека, Бар, Булочная, Гостиница, Кафе, Книги, Кондитерская, Кофейня, Магазин, Пекарня, Пиццерия, "
         "Ресторан, Столовая, Такси, Цветы, Чайная, Автосервис"
     ),
-    "el": _split(
+    "el": split_words(
         "Αρτοποιείο, Βιβλιοπωλείο, Εστιατόριο, Ζαχαροπλαστείο, Καφέ, Καφενείο, Κρεοπωλείο, Μεζεδοπωλείο, "
         "Ξενοδοχείο, Ουζερί, Παντοπωλείο, Πιτσαρία, Ταβέρνα, Φαρμακείο, Φούρνος"
     ),
-    "he": _split("בית קפה, חומוס, מאפיית, מלון, מסעדת, מכולת, מרכול, סופר, פיצה, פלאפל, קפה, קונדיטוריה, בית מרקחת"),
-    "ar": _split("أسواق, بقالة, حلويات, صيدلية, فندق, كافيه, مخبز, مطعم, مغسلة, مقهى, مكتبة, ورشة, محل"),
-    "hi": _split(
+    "he": split_words(
+        "בית קפה, חומוס, מאפיית, מלון, מסעדת, מכולת, מרכול, סופר, פיצה, פלאפל, קפה, קונדיטוריה, בית מרקחת"
+    ),
+    "ar": split_words("أسواق, بقالة, حلويات, صيدلية, فندق, كافيه, مخبز, مطعم, مغسلة, مقهى, مكتبة, ورشة, محل"),
+    "hi": split_words(
         "कैफ़े, किराना स्टोर, ज्वेलर्स, टी स्टॉल, ढाबा, बुक डिपो, भोजनालय, मिष्ठान भंडार, मेडिकल, रेस्टोरेंट, स्टोर्स, स्वीट्स, होटल"
     ),
-    "th": _split("กาแฟ, ก๋วยเตี๋ยว, ข้าวแกง, คาเฟ่, เบเกอรี่, ร้านขนม, ร้านยา, ร้านหนังสือ, ร้านอาหาร, โรงแรม, ครัว, ซักรีด"),
-    "ja": _split(
+    "th": split_words("กาแฟ, ก๋วยเตี๋ยว, ข้าวแกง, คาเฟ่, เบเกอรี่, ร้านขนม, ร้านยา, ร้านหนังสือ, ร้านอาหาร, โรงแรม, ครัว, ซักรีด"),
+    "ja": split_words(
         "カフェ, クリニック, コーヒー, 酒店, 書店, 食堂, 寿司, そば, タクシー, とんかつ, パン工房, "
         "ベーカリー, ホテル, 薬局, ラーメン, 旅館, 居酒屋, 文具店, うどん, "
         "珈琲店"
     ),
-    "ko": _split(
+    "ko": split_words(
         "갈비, 국밥, 김밥, 꽃집, 냉면, 마트, 문구, 베이커리, 분식, 서점, 세탁소, 식당, 약국, 주유소, "
         "치킨, 카페, 커피, 호텔, 한의원"
     ),
-    "zh": _split(
+    "zh": split_words(
         "包子铺, 宾馆, 餐厅, 茶馆, 超市, 饭店, 火锅, 酒店, 咖啡馆, 面馆, 书店, 水果店, 文具店, 小吃店, "
         "药房, 烘焙坊, 洗衣店, 烤鸭店"
     ),
-    "ka": _split("კაფე, რესტორანი, სასტუმრო, აფთიაქი"),
-    "hy": _split("Սրճարան, Ռեստորան, Հյուրանոց, Դեղատուն"),
-    "bn": _split("রেস্তোরাঁ, ক্যাফে, ফার্মেসি, হোটেল"),
-    "am": _split("ካፌ, ሆቴል, ምግብ ቤት, ፋርማሲ"),
-    "ta": _split("உணவகம், கடை, ஹோட்டல், மருந்தகம்"),
-    "km": _split("ហាងកាហ្វេ, ភោជនីយដ្ឋាន, សណ្ឋាគារ"),
-    "lo": _split("ຮ້ານອາຫານ, ໂຮງແຮມ, ຮ້ານກາເຟ"),
+    "ka": split_words("კაფე, რესტორანი, სასტუმრო, აფთიაქი"),
+    "hy": split_words("Սրճարան, Ռեստորան, Հյուրանոց, Դեղատուն"),
+    "bn": split_words("রেস্তোরাঁ, ক্যাফে, ফার্মেসি, হোটেল"),
+    "am": split_words("ካፌ, ሆቴል, ምግብ ቤት, ፋርማሲ"),
+    "ta": split_words("உணவகம், கடை, ஹோட்டல், மருந்தகம்"),
+    "km": split_words("ហាងកាហ្វេ, ភោជនីយដ្ឋាន, សណ្ឋាគារ"),
+    "lo": split_words("ຮ້ານອາຫານ, ໂຮງແຮມ, ຮ້ານກາເຟ"),
 }
 
 SHAPES = {
-    "en": _split(
-        "W T, W T, W & V T, W V T, The W T, The W & V, W's T, W's, W & V, W & Sons T, W Street T, Old W T, "
+    "en": split_words(
+        "W T, W T, W V, W & V T, W V T, The W T, The W & V, W's T, W's, W & V, W & Sons T, W Street T, Old W T, "
         "W Brothers, T at W V, W-V T, W T No. 5, W V & U T, Little W T, W T of V, W and V T, W T No. 12, T "
         "24 W, 7 W T, W Hill T & Co."
     ),
-    "de": _split(
+    "de": split_words(
         "T W, T W, W T, T W & V, T am W, T Zum W, Zum W, T W & Söhne, W-V T, Alte T W, W GmbH, T W GmbH, W "
         "& V KG, T W V"
     ),
-    "fr": _split(
+    "fr": split_words(
         "T W, T W, T du W, Le W, La W, Chez W, T W & V, T W et Fils, Au W V, Le Petit W, L'atelier W, T de "
         "la W V, T W V"
     ),
-    "es": _split("T W, T W, T El W, T La W, Casa W, El W, T W y V, T Hermanos W, La W de V, T Los W, T W V, Nueva T W"),
-    "it": _split(
+    "es": split_words(
+        "T W, T W, T El W, T La W, Casa W, El W, T W y V, T Hermanos W, La W de V, T Los W, T W V, Nueva T W"
+    ),
+    "it": split_words(
         "T W, T W, T da W, T Al W, Da W, T W & V, T La W, Antica T W, Il W, L'W, T W dal 1957, T del W V, Fratelli W"
     ),
-    "pt": _split(
+    "pt": split_words(
         "T W, T W, T do W, T da W, Casa W, T W & V, T W e V, Bar do W, T São W, Empório W, T Irmãos W, T W V Ltda"
     ),
-    "nl": _split("T W, T W, T De W, W T, De W, 't W, T W & Zn., Het W, T W & V, W en V, T W B.V., T W-V"),
-    "sv": _split("T W, W T, W T, W & V, Ws T, Gamla W T, W V T, W & Söner T, T W AB, W T 1902, T W & V"),
-    "pl": _split("T W, T W, T Pod W, T U W, T W i V, W T, T W sp. z o.o., T W & V, Stara T W, T W V"),
-    "cs": _split("T W, T W, U W, T U W, T W a V, T Na W, T W s.r.o., W & V, Stará T W, T W V"),
-    "tr": _split("W T, W T, W V T, T W, Tarihi W T, W & V T, Meşhur W T, W Usta, Hacı W T, W Ticaret"),
-    "ru": _split("T W, T W, T «W», W, ООО W, T W и V, W Маркет, T у W, T W-V, W V, ИП W"),
-    "el": _split("T W, T W, W, T ο W, T W & V, W T, Το W, T W V, Αφοί W"),
-    "he": _split("T W, T W, W, T W ו-V, T W V, קבוצת W, T של W"),
-    "ar": _split("T W, T W, T W الجديد, T W و V, شركة W, T بيت W, T W V"),
-    "hi": _split("W T, W T, W V T, न्यू W T, श्री W T, W एंड संस, W T"),
-    "th": _split("TW, T W, W T, WT, T W V, บ้าน W, TW V"),
-    "ja": _split("WT, TW, W T, T W, W本店, W堂, WT 駅前店, T W V店, WマートV店, WV T"),
-    "ko": _split("WT, W T, T W, W V T, W T V점, WT V점, 원조 W T, W상회"),
-    "zh": _split("WT, WVT, WT, 老W T, WT（V店）, WTV店, W商行, 新WT, W V T"),
-    "ka": _split("T W, W, T W V"),
-    "hy": _split("T W, W T, W"),
-    "bn": _split("W T, W, W V T"),
-    "am": _split("W T, W V T"),
-    "ta": _split("W T, W V T"),
-    "km": _split("T W, TW"),
-    "lo": _split("T W, TW"),
+    "nl": split_words("T W, T W, T De W, W T, De W, 't W, T W & Zn., Het W, T W & V, W en V, T W B.V., T W-V"),
+    "sv": split_words("T W, W T, W T, W & V, Ws T, Gamla W T, W V T, W & Söner T, T W AB, W T 1902, T W & V"),
+    "pl": split_words("T W, T W, T Pod W, T U W, T W i V, W T, T W sp. z o.o., T W & V, Stara T W, T W V"),
+    "cs": split_words("T W, T W, U W, T U W, T W a V, T Na W, T W s.r.o., W & V, Stará T W, T W V"),
+    "tr": split_words("W T, W T, W V T, T W, Tarihi W T, W & V T, Meşhur W T, W Usta, Hacı W T, W Ticaret"),
+    "ru": split_words("T W, T W, T «W», W, ООО W, T W и V, W Маркет, T у W, T W-V, W V, ИП W"),
+    "el": split_words("T W, T W, W, T ο W, T W & V, W T, Το W, T W V, Αφοί W"),
+    "he": split_words("T W, T W, W, T W ו-V, T W V, קבוצת W, T של W"),
+    "ar": split_words("T W, T W, T W الجديد, T W و V, شركة W, T بيت W, T W V"),
+    "hi": split_words("W T, W T, W V T, न्यू W T, श्री W T, W एंड संस, W T"),
+    "th": split_words("TW, T W, W T, WT, T W V, บ้าน W, TW V"),
+    "ja": split_words("WT, TW, W T, T W, W本店, W堂, WT 駅前店, T W V店, WマートV店, WV T"),
+    "ko": split_words("WT, W T, T W, W V T, W T V점, WT V점, 원조 W T, W상회"),
+    "zh": split_words("WT, WVT, WT, 老W T, WT（V店）, WTV店, W商行, 新WT, W V T"),
+    "ka": split_words("T W, W, T W V"),
+    "hy": split_words("T W, W T, W"),
+    "bn": split_words("W T, W, W V T"),
+    "am": split_words("W T, W V T"),
+    "ta": split_words("W T, W V T"),
+    "km": split_words("T W, TW"),
+    "lo": split_words("T W, TW"),
 }
 
-ONSETS = _split(
+INITIALS = "BCDFGHKLMNPRSTVWZ"
+ONSETS = split_words(
     "B, Br, C, Cl, D, Dr, F, Fl, G, Gr, H, J, K, Kl, L, M, N, P, Pr, Qu, R, S, Sk, St, T, Tr, V, W, X, Y, Z"
 )
-VOWELS = _split("a, e, i, o, u, ea, io, oo, y")
-CODAS = _split("l, n, r, s, t, x, v, m, nd, rk, lt, zz, ck, d, p")
-ENDINGS = _split("a, ia, o, on, ex, ify, ly, io, ora, is, ium, us, ara, ent, oo, eo, et, ana")
-BRAND_TAILS = _split(
+VOWELS = split_words("a, e, i, o, u, ea, io, oo, y")
+CODAS = split_words("l, n, r, s, t, x, v, m, nd, rk, lt, zz, ck, d, p")
+ENDINGS = split_words("a, ia, o, on, ex, ify, ly, io, ora, is, ium, us, ara, ent, oo, eo, et, ana")
+BRAND_TAILS = split_words(
     ", Mart, Foods, Air, Telecom, Mobile, Fuel, Energy, Cloud, Software, Rent-a-Car, Logistics, "
     "Fitness, Labs, Group, Sports, Home, Pharma, Bikes, Studio, Express, Online, Optik, Media, 24, "
     "Bank, Cinemas, Airlines, Cargo, Toys"

@@ -74,17 +74,71 @@ SIGNS = {
     "ευρώ": "EUR",
     "евро": "EUR",
     "euro": "EUR",
+    "euros": "EUR",
+    "pounds": "GBP",
+    "yen": "JPY",
+    "yuan": "CNY",
+    "won": "KRW",
+    "reais": "BRL",
+    "rand": "ZAR",
+    "zloty": "PLN",
+    "baht": "THB",
+    "shekels": "ILS",
+    "forint": "HUF",
+    "US dollars": "USD",
+    "Canadian dollars": "CAD",
+    "Australian dollars": "AUD",
+    "New Zealand dollars": "NZD",
+    "Hong Kong dollars": "HKD",
+    "Singapore dollars": "SGD",
+    "Swiss francs": "CHF",
+    "Swedish kronor": "SEK",
+    "Norwegian kroner": "NOK",
+    "Danish kroner": "DKK",
+    "Indian rupees": "INR",
+    "Mexican pesos": "MXN",
+    "Turkish lira": "TRY",
+    "Czech koruna": "CZK",
+    "R": "ZAR",
 }
 VAGUE = {
     "$": {"USD", "CAD", "AUD", "NZD", "HKD", "TWD", "SGD", "MXN"},
     "kr": {"SEK", "NOK", "DKK", "ISK"},
     "¥": {"JPY", "CNY"},
+    "￥": {"JPY", "CNY"},
+    "元": {"CNY"},
+}
+# Letters that only Japanese, or only Chinese as written in China, uses.
+JAPANESE = re.compile("[ぁ-ゖァ-ヺ]")
+CHINESE = re.compile("[费购订账单户时间额书馆饭药买给还卡垫转请张财为]")
+# The twenty currencies most traded (BIS Triennial Survey 2022), PLN, and how each is signed; CHF has its code alone.
+TRADED = {
+    **{"USD": "US$ $", "EUR": "€", "JPY": "¥ ￥ 円", "GBP": "£", "CNY": "¥ ￥ 元", "AUD": "A$ $", "CAD": "CA$ $"},
+    **{
+        "CHF": "CHF",
+        "HKD": "HK$ $",
+        "SGD": "S$ $",
+        "SEK": "kr",
+        "KRW": "₩ 원",
+        "NOK": "kr",
+        "NZD": "NZ$ $",
+        "INR": "₹",
+    },
+    **{"MXN": "MX$ $", "TWD": "NT$ $", "ZAR": "R", "BRL": "R$", "DKK": "kr", "PLN": "zł"},
 }
 NOTE = re.compile(
     r"[\[(](?:default |currency: |amounts in |dates? (?:order )?[DMY]/|today:? |ref\. date "
     r"|[A-Z]{3}[,;] (?:dates )?[DMY]/|[DMY]/[DMY])[^\])]*[\])]"
 )
 NUMBER = re.compile(r"\d[\d.,'’ \u00a0\u202f]*\d|\d")
+
+
+def has_sign(sign, text):
+    """Whether the text has the sign, not as a part of a longer sign or word."""
+    if sign == "R":
+        return re.search(r"(?<![A-Za-z])R[ \u00a0]?\d", text) is not None
+    end = "(?![A-Za-zčł])" if sign.replace(" ", "").isalpha() and sign.isascii() else ""
+    return re.search(r"(?<![A-Za-z美日])" + re.escape(sign) + end, text) is not None
 
 
 @pytest.fixture(scope="module")
@@ -288,7 +342,9 @@ def test_each_answer_follows_from_its_line(split):
             problems.append(("amount", prompt, answer))
         if date.fromisoformat(answer["date"]) not in dates_in(rest, order, reference):
             problems.append(("date", prompt, answer))
-        named = {code for sign, code in SIGNS.items() if re.search(r"(?<![A-Za-z])" + re.escape(sign), rest)}
+        named = {code for sign, code in SIGNS.items() if has_sign(sign, rest)}
+        if not stated and any(sign in rest for sign in "¥￥元") and not named:
+            named = {"JPY"} if JAPANESE.search(body) else {"CNY"} if CHINESE.search(body) else set()
         named |= {code for code in ISO_CODE.findall(rest) if code == answer["currency"]}
         if (named or {stated}) != {answer["currency"]}:
             problems.append(("currency", prompt, answer, named))
@@ -312,14 +368,19 @@ def test_dates_are_read_in_one_way(split):
             ), prompt
 
 
-def test_vague_signs_stand_beside_a_stated_currency():
+def test_vague_signs_stand_beside_a_stated_currency_or_the_language_that_names_one():
     for split in COUNTS:
         for prompt, answer in stored(split):
             body, stated, _, _ = notes_of(prompt)
             rest = body.replace(answer["merchant"], " § ", 1)
             for sign, group in VAGUE.items():
-                if re.search(rf"(?<![A-Za-z]){re.escape(sign)}(?![A-Za-zč])", rest):
+                if not re.search(rf"(?<![A-Za-z美日]){re.escape(sign)}(?![A-Za-zč])", rest):
+                    continue
+                if stated or sign in ("$", "kr"):
                     assert stated == answer["currency"] and stated in group, prompt
+                else:
+                    written = "JPY" if JAPANESE.search(body) else "CNY" if CHINESE.search(body) else None
+                    assert written == answer["currency"] and written in group, prompt
 
 
 @pytest.mark.slow
@@ -353,8 +414,66 @@ def test_check_finds_a_changed_file(prepare, tmp_path, capsys):
 
 
 def test_splits_share_no_line(built):
-    prompts = [line.prompt for kept in built.values() for line in kept]
+    """Nor one that differs in capitals or blanks alone."""
+    prompts = [" ".join(line.prompt.casefold().split()) for kept in built.values() for line in kept]
     assert len(set(prompts)) == len(prompts)
+
+
+def test_every_family_of_line_occurs_in_every_language_of_train(prepare, built):
+    first = built["train"][:2200]
+    counts = Counter(line.family for line in first)
+    for family, share in prepare.FAMILIES.items():
+        assert counts[family] >= 0.7 * share * len(first), counts
+    pairs = {(line.language, line.family) for line in first}
+    languages = {language for language, _ in prepare.ln.TRAIN_LOCALES.values()}
+    assert pairs == {(language, family) for language in languages for family in prepare.FAMILIES}
+    for split in ("test", "validation"):
+        assert {line.family for line in built[split]} == set(prepare.FAMILIES), split
+    for split in ("test_unseen", "validation_unseen"):
+        assert {line.family for line in built[split]} == {"sentence", "bought", "addressed"}, split
+
+
+@pytest.mark.parametrize("code", TRADED)
+def test_train_shows_the_signs_of_the_currencies_most_traded(built, code):
+    prompts = [line.prompt for line in built["train"][:2200] if line.answer["currency"] == code]
+    counts = {sign: sum(has_sign(sign, prompt) for prompt in prompts) for sign in TRADED[code].split()}
+    assert min(counts.values()) >= 3 and sum(counts.values()) >= 10, counts
+
+
+def test_what_is_bought_is_never_the_merchant(prepare, built):
+    words = {word.casefold() for line in built["train"] for word in line.words}
+    for kept in built.values():
+        for line in kept:
+            merchant = line.answer["merchant"].casefold()
+            for bought in line.bought:
+                assert bought.casefold() not in words | {merchant}, line.prompt
+                assert bought.casefold() in line.prompt.casefold()
+            assert line.prompt.count(line.answer["merchant"]) == 1, line.prompt
+    distinctive = {word.casefold() for words in prepare.vo.WORDS.values() for word in words}
+    persons = {name.casefold() for names in prepare.it.PERSONS.values() for name in prepare.vo.split_words(names)}
+    assert not persons & distinctive
+
+
+@pytest.mark.parametrize("split", ["test_unseen", "validation_unseen"])
+def test_items_and_persons_of_an_unseen_split_occur_nowhere_else(prepare, split):
+    """In any of the words that a pool may use, singulars and plurals apart, so that no draw can mix them."""
+    it, vo = prepare.it, prepare.vo
+    lists = [vo.split_words(words) for words in (*it.ITEMS.values(), *it.PERSONS.values())]
+    lists += [it.COUNTED, it.UNCOUNTED]
+    for words in lists:
+        assert len(set(words)) == len(words)
+        own = set(it.of_pool(words, split))
+        others = {word for pool in COUNTS if pool != split for word in it.of_pool(words, pool)}
+        assert len(own) >= 2 and not own & others
+
+
+def test_three_capitals_never_stand_beside_the_amount(built):
+    seen = 0
+    for line in built["train"]:
+        if re.fullmatch("[A-Z]{3}", line.answer["merchant"]):
+            seen += 1
+            assert not re.search(r"\{m\}\W*\{a\}|\{a\}\W*\{m\}", line.pattern), line.prompt
+    assert seen > 60
 
 
 @pytest.mark.parametrize("split", ["test_unseen", "validation_unseen"])
@@ -406,4 +525,8 @@ def test_new_locales_show_scripts_months_and_currencies_that_train_never_shows(b
     new = built["test_new_locales"]
     shown = set().union(*(scripts(line.prompt) for line in new))
     assert len({line.locale for line in new}) >= 6 and len(shown - train_scripts) >= 3
+    text = "\n".join(line.prompt.casefold() for line in built["train"])
+    for code in {line.locale for line in new}:
+        months = Locale.parse(code).months["format"]
+        assert not [name for width in ("wide", "abbreviated") for name in months[width].values() if name in text], code
     assert not {line.answer["currency"] for line in new} & {line.answer["currency"] for line in built["train"]}
