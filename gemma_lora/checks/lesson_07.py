@@ -26,6 +26,8 @@ def bits_a_weight_by_hand(answer: float | None) -> None:
         20.0: "the 16 bits are shared by 128 weights",
         0.12: "that is the scale's share alone; the code takes 4 bits",
         4.02: "2 bytes are 16 bits",
+        4.13: "that is rounded: give all digits",
+        4.12: "that is rounded: give all digits",
     }
     hint = "4 bits for the code, and the weight's share of its block's scale"
     number_verdict("bits_a_weight_by_hand", answer, right, "4 + 16/128 bits.", slips, hint)

@@ -72,19 +72,42 @@ def ternarize(function: Callable) -> None:
     verdict("ternarize", function, cases, right, slips)
 
 
-class _AddOnly(np.ndarray):
+_NO_PRODUCTS = "this exercise is about doing without multiplication: add, subtract and skip"
+
+
+class _Whole(int):
+    """An integer that cannot be multiplied; sums and differences are plain integers."""
+
+    def __mul__(self, other):
+        raise TypeError(_NO_PRODUCTS)
+
+    __rmul__ = __mul__
+
+
+class _Loose(np.ndarray):
+    """An integer array whose single numbers are `_Whole`."""
+
+    def __getitem__(self, place):
+        found = super().__getitem__(place)
+        return _Whole(found) if isinstance(found, np.integer) else found
+
+    def __iter__(self):
+        return (self[place] for place in range(len(self)))
+
+
+class _AddOnly(_Loose):
     """An array that can be added, subtracted, negated, summed and chosen from, but not multiplied."""
 
     def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
         if ufunc in (np.multiply, np.matmul):
-            raise TypeError("this exercise is about doing without multiplication: add, subtract and skip")
+            raise TypeError(_NO_PRODUCTS)
         plain = [part.view(np.ndarray) if isinstance(part, _AddOnly) else part for part in inputs]
         result = getattr(ufunc, method)(*plain, **kwargs)
         return result.view(_AddOnly) if isinstance(result, np.ndarray) else result
 
     def __array_function__(self, func, types, args, kwargs):
         if func in (np.dot, np.inner, np.vdot, np.einsum, np.tensordot):
-            raise TypeError("this exercise is about doing without multiplication: add, subtract and skip")
+            raise TypeError(_NO_PRODUCTS)
         return super().__array_function__(func, types, args, kwargs)
 
 
@@ -115,7 +138,7 @@ def add_and_subtract(function: Callable) -> None:
 
 def _watched(function: Callable) -> Callable:
     def call(x, codes):
-        answer = function(x=x.view(_AddOnly), codes=codes)
+        answer = function(x=x.view(_AddOnly), codes=codes.view(_Loose))
         return np.asarray(answer) if isinstance(answer, _AddOnly) else answer
 
     return call

@@ -83,6 +83,15 @@ RIGHT = {
     "bit_linear": [layer_by_codes, layer_by_tokens],
 }
 
+
+def by_double_loop(x, codes):
+    total = np.zeros(codes.shape[1], int)
+    for i in range(len(x)):
+        for j in range(codes.shape[1]):
+            total[j] += codes[i, j] * x[i]
+    return total
+
+
 #: Exercise -> plausible wrong functions, and a word of what the checker says about each.
 WRONG = {
     "ternarize": [
@@ -102,6 +111,8 @@ WRONG = {
         (lambda x, codes: np.dot(x, codes), "without multiplication"),
         (lambda x, codes: (x[:, None] * codes).sum(axis=0), "without multiplication"),
         (lambda x, codes: np.einsum("i,ij->j", x, codes), "without multiplication"),
+        (by_double_loop, "without multiplication"),
+        (lambda x, codes: [sum(c * a for a, c in zip(x, column)) for column in codes.T], "without multiplication"),  # noqa: B905
         (lambda x, codes: [x[column == 1].sum() for column in codes.T], "left out; they are subtracted"),
         (lambda x, codes: [x[column != 0].sum() for column in codes.T], "are added"),
         (lambda x, codes: [x[c == 1].sum() - x[c != 1].sum() for c in codes.T], "they are left out"),
