@@ -287,6 +287,8 @@ def _said(found: Any) -> list[str]:
         label = f"  {name.removeprefix('field ')}:" if field else name
         lines.append(f"{label} {shown_score(name, one['value'])}{of}{interval}")
     for name, one in found.classes.items():
+        if not one["count"] and not one["answered"]:
+            continue  # no answer was outside the classes
         parts = [f"{of} {shown_score(of, one[of])}" for of in ("precision", "recall", "f1") if of in one]
         parts += [f"lines {one['count']}", f"answered {one['answered']}"]
         lines.append(f"  {name}: {', '.join(parts)}")

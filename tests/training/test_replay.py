@@ -95,6 +95,18 @@ def test_a_model_with_replay_stays_nearer_to_what_it_was(lines):
     assert 0 <= distances["with"] < 0.5 * distances["without"]
 
 
+@pytest.mark.slow
+def test_replay_is_said_before_it_is_trained_on(lines, capsys):
+    for share in (0.25, 0.0):
+        model = with_tokenizer(tiny_gemma(layers=1))
+        apply_lora(model, rank=2, seed=0)
+        tuner = FineTuner(model, rows=1, row_length=64, mixed_precision=False)
+        tuner.fit(
+            lines, epochs=1, validation_data=False, replay=base_text(model, count=4, length=8), replay_share=share
+        )
+        assert ("Replay: 25 % of the tokens" in capsys.readouterr().out) == bool(share)
+
+
 def _log_probabilities(model, tokens):
     logits = hidden_states(model, tokens) @ model.backbone.token_embedding.embeddings.value.T
     return np.asarray(keras.ops.log_softmax(logits, axis=-1))
