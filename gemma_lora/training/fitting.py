@@ -152,9 +152,8 @@ def fit_lines(
             print("\n".join(line for line in (*about, *skipped) if line))
         print(_plan(tuner, encoded, packed, steps, validation))
         if replay[0] is not None and replay[1]:
-            print(
-                f"Replay: {100 * replay[1]:.0f} % of the tokens are the base model's own text. The training loss counts them."
-            )
+            share = f"{100 * replay[1]:.0f} %"
+            print(f"Replay: {share} of the tokens are the base model's own text. The training loss counts them.")
     tuner.causal_lm.gemma_lora_template = template_of(tuner.causal_lm, dataset.template)
     if run.finished:
         return run.history()
