@@ -10,8 +10,9 @@ each:
   day of the year that followed; of those of `as built`, half within a month.
 
 All answer the same lines, which none was trained on: `validation`, `validation_unseen` and the last 600 of train.
-Kept are the wrong answers, by prompt, and how often a training set shows each kind of line. The test splits are not
-used. Each training is a process of its own and is written when it is done; what is there is not made again.
+Kept are these lines, the wrong answers, by prompt, and how often a training set shows each kind of line. The test
+splits are not used. Each training is a process of its own and is written when it is done; what is there is not made
+again.
 
     python benchmarks/rare_rules.py                # an hour on two cores
     python benchmarks/rare_rules.py --lines 200    # quickly, to see that it works; give --output
@@ -77,18 +78,26 @@ def half_rules(count: int, without: set[str]) -> list[dict[str, str]]:
     return list(kept.values())
 
 
+def scored_lines() -> list[Any]:
+    """What all trainings answer, as examples."""
+    import gemma_lora as gl
+    from gemma_lora.data import dataset as data
+
+    expenses = gl.load_dataset(ROOT / "data/expenses", on_notice=lambda notice: None)
+    unseen = data.read_jsonl(ROOT / "data/expenses/validation_unseen.jsonl")
+    return [*expenses.validation, *unseen, *expenses.train[-HELD_BACK:]]
+
+
 def run_one(arm: str, seed: int, count: int) -> dict[str, Any]:
     """One training in this process, and its wrong answers."""
     import gemma_lora as gl
     from gemma_lora.base import hardware
-    from gemma_lora.data import dataset as data
     from gemma_lora.generation import evaluation
     from gemma_lora.job.finetuning import Settings
 
     hardware.use_compilation_cache()
     dataset = gl.load_dataset(ROOT / "data/expenses")
-    scored = dataset.validation + data.read_jsonl(ROOT / "data/expenses/validation_unseen.jsonl")
-    scored += dataset.train[-HELD_BACK:]
+    scored = scored_lines()
     if arm == "half rules":
         lines = half_rules(count, {line.prompt for line in scored})
         dataset = gl.load_dataset(lines, template=dataset.template)
@@ -129,7 +138,12 @@ def main() -> int:
     if chosen.one:
         one_process.report(run_one(chosen.one[0], int(chosen.one[1]), chosen.lines))
         return 0
-    runs = json.loads(chosen.output.read_text())["runs"] if chosen.output.exists() else {}
+    lines = [{"prompt": line.prompt, "response": line.response} for line in scored_lines()]
+    before = json.loads(chosen.output.read_text()) if chosen.output.exists() else {"runs": {}, "lines": lines}
+    if before["lines"] != lines:
+        print(f"{chosen.output}: made on other lines than data/expenses has now. Give another --output.")
+        return 1
+    runs = before["runs"]
     from gemma_lora.base.files import write_json_atomic
     from gemma_lora.base.hardware import machine
     from gemma_lora.job.finetuning import versions
@@ -139,7 +153,8 @@ def main() -> int:
     def keep(name: str, result: dict[str, Any]) -> None:
         runs[name] = result
         ordered = {known: runs[known] for known in names if known in runs}
-        write_json_atomic(chosen.output, {"runs": ordered, "machine": machine(), "versions": versions()})
+        record = {"runs": ordered, "lines": lines, "machine": machine(), "versions": versions()}
+        write_json_atomic(chosen.output, record)
         print(f"{name}: {len(result['wrong'])} wrong", flush=True)
 
     missing = [
