@@ -1,6 +1,6 @@
-"""Writes the tables of measurements in README.md anew from benchmarks/results/*.json.
+"""Writes the tables of measurements in the pages anew from benchmarks/results/*.json.
 
-A table stands between `<!-- table NAME -->` and `<!-- end -->`, so that README and results cannot drift apart:
+A table stands between `<!-- table NAME -->` and `<!-- end -->`, so that pages and results cannot drift apart:
 tests/test_readme.py fails where they have.
 
     python benchmarks/readme_tables.py           # write them
@@ -193,8 +193,12 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 
 
+#: The pages that hold tables.
+PAGES = ("README.md", "docs/results.md")
+
+
 def filled(text: str) -> str:
-    """A README with every table written from its results."""
+    """A page with every table written from its results."""
 
     def written(match: re.Match) -> str:
         record = json.loads((RESULTS / f"{match[2]}.json").read_text(encoding="utf-8"))
@@ -207,15 +211,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing, status 1 if a table is out of date")
     chosen = parser.parse_args()
-    path = ROOT / "README.md"
-    text = path.read_text(encoding="utf-8")
-    new = filled(text)
-    if chosen.check:
+    stale = []
+    for page in PAGES:
+        path = ROOT / page
+        text = path.read_text(encoding="utf-8")
+        new = filled(text)
         old = {m[2]: m[3] for m in _TABLE.finditer(text)}
-        stale = [m[2] for m in _TABLE.finditer(new) if old[m[2]] != m[3]]
+        stale += [f"{m[2]} in {page}" for m in _TABLE.finditer(new) if old[m[2]] != m[3]]
+        if not chosen.check:
+            path.write_text(new, encoding="utf-8")
+    if chosen.check:
         print(f"out of date: {', '.join(stale)}" if stale else "all tables are up to date")
         return bool(stale)
-    path.write_text(new, encoding="utf-8")
     return 0
 
 

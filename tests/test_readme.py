@@ -1,4 +1,4 @@
-"""README's tables are those of benchmarks/results; the links of every page lead somewhere."""
+"""The pages' tables are those of benchmarks/results; their links lead somewhere; README is one screen."""
 
 import json
 import re
@@ -10,14 +10,27 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+def text_of(page):
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
 @pytest.fixture
 def tables(benchmark_script):
     return benchmark_script("readme_tables")
 
 
 def test_the_tables_are_those_of_the_results(tables):
-    assert tables.filled(README) == README, "run: python benchmarks/readme_tables.py"
-    assert set(re.findall(r"<!-- table (\w+) -->", README)) == set(tables.TABLES)
+    found = set()
+    for page in tables.PAGES:
+        assert tables.filled(text_of(page)) == text_of(page), "run: python benchmarks/readme_tables.py"
+        found |= set(re.findall(r"<!-- table (\w+) -->", text_of(page)))
+    assert found == set(tables.TABLES)
+
+
+def test_readme_is_one_screen_and_names_every_page_and_lesson():
+    assert len(README.splitlines()) <= 150
+    for path in (*ROOT.glob("docs/*.md"), *ROOT.glob("notebooks/*.ipynb")):
+        assert f"]({path.relative_to(ROOT).as_posix()})" in README, path.name
 
 
 def test_a_changed_result_changes_its_table(tables, tmp_path, monkeypatch):
@@ -118,5 +131,5 @@ def test_the_pages_are_those_that_users_open():
 @pytest.mark.parametrize("link", ["no_such_file.md", "README.md#no-such-heading", "#no-such-heading", "/README.md"])
 def test_a_link_to_nothing_is_found(link):
     assert broken_links(
-        f"# A heading\n[a](https://x.org) [b](README.md#how-fast) [c](#a-heading) [d]({link})", ROOT
+        f"# A heading\n[a](https://x.org) [b](README.md#the-course) [c](#a-heading) [d]({link})", ROOT
     ) == [link]
