@@ -11,8 +11,6 @@ Each run is a process of its own and is written to the JSON when it is done; wha
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -68,34 +66,9 @@ def run_one(name: str) -> dict[str, Any]:
 
 def main() -> int:
     """Makes the runs that are missing and writes the JSON after each."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--list", action="store_true", help="print the runs and stop")
-    parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), metavar="RUN", help="these runs alone")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/forgetting.json")
-    parser.add_argument("--one", choices=RUNS, help=argparse.SUPPRESS)
-    chosen = parser.parse_args()
-    import one_process
+    import named_runs
 
-    if chosen.one:
-        one_process.report(run_one(chosen.one))
-        return 0
-    runs = json.loads(chosen.output.read_text())["runs"] if chosen.output.exists() else {}
-    if chosen.list:
-        for name in RUNS:
-            print(name, "(done)" if name in runs else "")
-        return 0
-    from gemma_lora.base.files import write_json_atomic
-    from gemma_lora.base.hardware import machine
-    from gemma_lora.job.finetuning import versions
-
-    def keep(name: str, result: dict[str, Any]) -> None:
-        runs[name] = result
-        ordered = {run: runs[run] for run in RUNS if run in runs}
-        write_json_atomic(chosen.output, {"runs": ordered, "machine": machine(), "versions": versions()})
-        print(name, result["english"], result["test"], flush=True)
-
-    missing = [(name, ["--one", name]) for name in chosen.only if name not in runs]
-    return 0 if one_process.measure_all(__file__, missing, keep, 1) else 1
+    return named_runs.main(__file__, __doc__, RUNS, run_one, lambda result: f"{result['english']} {result['test']}")
 
 
 if __name__ == "__main__":

@@ -13,9 +13,7 @@ Each run is a process of its own and is written to the JSON when it is done; wha
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
 import os
 import sys
 from pathlib import Path
@@ -89,34 +87,11 @@ def run_one(name: str) -> dict[str, Any]:
 
 def main() -> int:
     """Makes the runs that are missing and writes the JSON after each."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--list", action="store_true", help="print the runs and stop")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; more than one for a large accelerator")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/settings.json")
-    parser.add_argument("--one", choices=VARIANTS, help=argparse.SUPPRESS)
-    chosen = parser.parse_args()
-    import one_process
+    import named_runs
 
-    if chosen.one:
-        one_process.report(run_one(chosen.one))
-        return 0
-    runs = json.loads(chosen.output.read_text())["runs"] if chosen.output.exists() else {}
-    if chosen.list:
-        for name in VARIANTS:
-            print(name, "(done)" if name in runs else "")
-        return 0
-    from gemma_lora.base.files import write_json_atomic
-    from gemma_lora.base.hardware import machine
-    from gemma_lora.job.finetuning import versions
-
-    def keep(name: str, result: dict[str, Any]) -> None:
-        runs[name] = result
-        ordered = {variant: runs[variant] for variant in VARIANTS if variant in runs}
-        write_json_atomic(chosen.output, {"runs": ordered, "machine": machine(), "versions": versions()})
-        print(name, result.get("failed") or result["scores"], flush=True)
-
-    missing = [(name, ["--one", name]) for name in VARIANTS if name not in runs]
-    return 0 if one_process.measure_all(__file__, missing, keep, chosen.jobs) else 1
+    return named_runs.main(
+        __file__, __doc__, VARIANTS, run_one, lambda result: str(result.get("failed") or result["scores"])
+    )
 
 
 if __name__ == "__main__":

@@ -125,7 +125,7 @@ def generate(
     adapter: Annotated[Path | None, _ADAPTER] = None,
     file: Annotated[
         Path | None,
-        typer.Option(help="Prompts: text, one a line; or .jsonl, with a prompt or messages in each line."),
+        typer.Option(help="Prompts: text, one a line; or .jsonl, or a .json array, of prompts or messages."),
     ] = None,
     *,
     stop: Annotated[list[str] | None, _STOP] = None,

@@ -3,25 +3,24 @@
 Deterministic: the same babel version gives the same bytes.
 """
 
-import argparse
 import hashlib
 import json
-import os
 import re
 import sys
-import tempfile
 from dataclasses import dataclass, field
 from datetime import date, timedelta
 from decimal import Decimal
 from pathlib import Path
 from random import Random
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import items as it
 import lines as ln
 import patterns as pt
 import purchases as pu
+import task_files
 import vocabulary as vo
 
 FOLDER = Path(__file__).resolve().parent
@@ -443,69 +442,14 @@ def build() -> dict[str, list[Line]]:
     return made
 
 
-def to_jsonl(kept: list[Line]) -> bytes:
-    """The bytes of a split's file."""
-    return "".join(json.dumps(line.record, ensure_ascii=False) + "\n" for line in kept).encode()
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Writes to a temporary name beside `path` and renames it, so the file is whole or absent."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def update_readme(folder: Path, sums: dict[str, str]) -> None:
-    """Rewrites the table between the README's checksum marks."""
-    path = folder / "README.md"
-    if not path.exists():
-        return
-    rows = [f"| `{split}.jsonl` | {SPLITS[split]:,} | `{digest}` |" for split, digest in sums.items()]
-    table = "\n".join(
-        ["<!-- checksums -->", "| file | lines | SHA-256 |", "|---|---:|---|", *rows, "<!-- /checksums -->"]
-    )
-    text = re.sub(r"<!-- checksums -->.*<!-- /checksums -->", lambda _: table, path.read_text("utf-8"), flags=re.S)
-    write_atomic(path, text.encode())
+def records() -> dict[str, list[dict[str, str]]]:
+    """All splits as they are stored."""
+    return {split: [line.record for line in kept] for split, kept in build().items()}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Builds or checks the files; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description="Build the expense lines (JSONL splits, SHA256SUMS, the README's table).",
-        epilog="examples:\n  python data/expenses/prepare.py\n  python data/expenses/prepare.py --check\n"
-        "  python data/expenses/prepare.py --output DIR",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--check",
-        action="store_true",
-        help="write nothing; exit 1 if a file differs from what would be built",
-    )
-    parser.add_argument("--output", type=Path, default=FOLDER, help="folder to write to (default: this file's folder)")
-    chosen = parser.parse_args(arguments)
-    files = {f"{split}.jsonl": to_jsonl(kept) for split, kept in build().items()}
-    sums = {name.removesuffix(".jsonl"): hashlib.sha256(content).hexdigest() for name, content in files.items()}
-    files["SHA256SUMS"] = "".join(f"{digest}  {split}.jsonl\n" for split, digest in sums.items()).encode()
-    if chosen.check:
-        differing = [
-            name
-            for name, content in files.items()
-            if not (chosen.output / name).exists() or (chosen.output / name).read_bytes() != content
-        ]
-        print("differs: " + ", ".join(differing) if differing else "all files are as built")
-        return 1 if differing else 0
-    chosen.output.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        write_atomic(chosen.output / name, content)
-    update_readme(chosen.output, sums)
-    print("\n".join(f"{split}: {SPLITS[split]} lines, {digest[:12]}" for split, digest in sums.items()))
-    return 0
+    return task_files.main(records, FOLDER, "Build the expense lines.", arguments)
 
 
 if __name__ == "__main__":

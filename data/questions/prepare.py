@@ -3,16 +3,15 @@
 Deterministic: `passages.txt` and fixed seeds give the same bytes.
 """
 
-import argparse
-import hashlib
-import json
-import os
 import re
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+import task_files
 
 FOLDER = Path(__file__).resolve().parent
 SPLITS = ("train", "validation", "test", "test_unseen")
@@ -101,64 +100,9 @@ def with_another(rng: Random, passage: Passage, question: str, group: list[Passa
     return "\n".join(pair)
 
 
-def to_jsonl(lines: list[dict[str, str]]) -> bytes:
-    """The bytes of a split's file."""
-    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Writes to a temporary name beside `path` and renames it, so the file is whole or absent."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def update_readme(folder: Path, sums: dict[str, str], counts: dict[str, int]) -> None:
-    """Rewrites the table between the README's checksum marks."""
-    path = folder / "README.md"
-    if not path.exists():
-        return
-    rows = [f"| `{split}.jsonl` | {counts[split]:,} | `{digest}` |" for split, digest in sums.items()]
-    table = "\n".join(
-        ["<!-- checksums -->", "| file | lines | SHA-256 |", "|---|---:|---|", *rows, "<!-- /checksums -->"]
-    )
-    text = re.sub(r"<!-- checksums -->.*<!-- /checksums -->", lambda _: table, path.read_text("utf-8"), flags=re.S)
-    write_atomic(path, text.encode())
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Builds or checks the files; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--check", action="store_true", help="write nothing; exit 1 if a file differs from what would be built"
-    )
-    parser.add_argument("--output", type=Path, default=FOLDER, help="folder to write to (default: this file's folder)")
-    chosen = parser.parse_args(arguments)
-    built = build()
-    counts = {split: len(lines) for split, lines in built.items()}
-    files = {f"{split}.jsonl": to_jsonl(lines) for split, lines in built.items()}
-    sums = {name.removesuffix(".jsonl"): hashlib.sha256(content).hexdigest() for name, content in files.items()}
-    files["SHA256SUMS"] = "".join(f"{digest}  {split}.jsonl\n" for split, digest in sums.items()).encode()
-    if chosen.check:
-        differing = [
-            name
-            for name, content in files.items()
-            if not (chosen.output / name).exists() or (chosen.output / name).read_bytes() != content
-        ]
-        print("differs: " + ", ".join(differing) if differing else "all files are as built")
-        return 1 if differing else 0
-    chosen.output.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        write_atomic(chosen.output / name, content)
-    update_readme(chosen.output, sums, counts)
-    print("\n".join(f"{split}: {counts[split]} lines, {digest[:12]}" for split, digest in sums.items()))
-    return 0
+    return task_files.main(build, FOLDER, "Build the questions about the course.", arguments)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,9 @@ LEAST_NEW_TOKENS = 16
 #: Tokens that a chat may have, answers included, before it says so: what every Gemma was trained for.
 CONTEXT_LENGTH = 8192
 
+#: The share of tokens that are replay, where lines are shown more than once and nobody says another.
+REPLAY_SHARE = 0.1
+
 Quantization = Literal["nf4", "int8", "int4", "gguf"]
 Dtype = Literal["float32", "bfloat16"]
 Metric = Literal["exact", "json", "classification", "text", "loss"]
@@ -105,7 +108,7 @@ class Settings:
     replay: float | None = _setting(
         None,
         "Share of the training tokens that is text of the base model's own, against forgetting, below 1; by default "
-        "0.1 with more than one epoch, else 0.",
+        f"{REPLAY_SHARE} with more than one epoch, else 0.",
         min=0,
         below=1,
     )

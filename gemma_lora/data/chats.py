@@ -28,7 +28,9 @@ class Turn(NamedTuple):
     learn: bool = True
 
 
-def read_turns(entries: Any, field: str, notes: Notes, system: str = "") -> tuple[str, list[Turn]]:
+def read_turns(
+    entries: Any, field: str, notes: Notes, system: str = "", controls: bool = False
+) -> tuple[str, list[Turn]]:
     """Reads a list of turns, in either pair of keys: role and content, or from and value.
 
     Args:
@@ -36,6 +38,7 @@ def read_turns(entries: Any, field: str, notes: Notes, system: str = "") -> tupl
         field: What it is called, for messages.
         notes: Where to note what is not used.
         system: System text that comes before the chat's own.
+        controls: Whether control characters may stand in the texts, as in a prompt's, which are not learned.
 
     Returns:
         The system text, empty where there is none, and the turns of user and model.
@@ -47,7 +50,7 @@ def read_turns(entries: Any, field: str, notes: Notes, system: str = "") -> tupl
         raise ValueError(f"the field {field!r} must be a list of turns")
     turns: list[Turn] = []
     for entry in entries:
-        role, turn = _read_turn(entry, field, notes)
+        role, turn = _read_turn(entry, field, notes, controls)
         if role != "system":
             turns.append(turn)
         elif turns:
@@ -62,26 +65,32 @@ def joined_system(first: str, second: str) -> str:
     return "\n\n".join(dict.fromkeys(text for text in (first, second) if text.strip()))
 
 
-def check_alternation(turns: Sequence[Turn], last: str) -> None:
-    """Raises unless user and model alternate, the user first and `last` at the end, and no answer is empty."""
+def check_alternation(turns: Sequence[Turn], last: str, empty: bool = False) -> None:
+    """Raises unless user and model alternate, the user first and `last` at the end; and if an answer is empty.
+
+    Args:
+        turns: The turns.
+        last: Whose the last one must be.
+        empty: Whether answers may be empty: a model's own may, what it is to learn may not.
+    """
     for number, turn in enumerate(turns):
         expected = "model" if number % 2 else "user"
         if turn.role != expected:
             raise ValueError(f"turns must alternate: turn {number + 1} is the {turn.role}'s, expected the {expected}'s")
     if not turns or turns[-1].role != last:
         raise ValueError(f"the last turn must be the {last}'s")
-    if any(turn.role == "model" and not turn.text.strip() for turn in turns):
+    if not empty and any(turn.role == "model" and not turn.text.strip() for turn in turns):
         raise ValueError("an answer is empty" if len(turns) > 2 else "the answer is empty")
 
 
-def _read_turn(entry: Any, field: str, notes: Notes) -> tuple[str, Turn]:
+def _read_turn(entry: Any, field: str, notes: Notes, controls: bool) -> tuple[str, Turn]:
     if not isinstance(entry, Mapping):
         raise ValueError(f"a turn of {field!r} must be an object")
     fields = present(entry)
     refuse(fields, REFUSED_IN_TURN, "a turn's field")
     role_key, text_key = _one_of(fields, _ROLE_KEYS, entry), _one_of(fields, _TEXT_KEYS, entry)
     role = _role(text_of(fields[role_key], role_key, []))
-    text = content_text(fields[text_key], text_key, notes)
+    text = content_text(fields[text_key], text_key, notes, controls)
     learn = _learned(fields, role)
     known = {role_key, text_key, *_WEIGHT_KEYS}
     notes += [("unused", f"a turn's {name!r}") for name in fields if name not in known]
@@ -128,8 +137,14 @@ def _learned(fields: Mapping[str, Any], role: str) -> bool:
     return all(marks.values())
 
 
-def content_text(value: Any, name: str, notes: Notes) -> str:
+def content_text(value: Any, name: str, notes: Notes, controls: bool = False) -> str:
     """A turn's text. Of a list of parts, the texts are joined, on lines of their own where no space is between.
+
+    Args:
+        value: The text or the parts.
+        name: The field's name, for messages.
+        notes: Where to note what is not used.
+        controls: See `text_of`.
 
     Raises:
         ValueError: If a part is not text: an image, a tool's call.
@@ -137,16 +152,17 @@ def content_text(value: Any, name: str, notes: Notes) -> str:
     if isinstance(value, Mapping):
         value = [value]
     if not isinstance(value, list | tuple):
-        return text_of(value, name, notes)
+        return text_of(value, name, notes, controls)
     whole = ""
     for part in value:
-        text = text_of(part, name, notes) if isinstance(part, str) else _part_text(part, name, notes)
+        is_text = isinstance(part, str)
+        text = text_of(part, name, notes, controls) if is_text else _part_text(part, name, notes, controls)
         between = "\n" if whole and text and not whole[-1].isspace() and not text[0].isspace() else ""
         whole += between + text
     return whole
 
 
-def _part_text(part: Any, name: str, notes: Notes) -> str:
+def _part_text(part: Any, name: str, notes: Notes, controls: bool) -> str:
     if not isinstance(part, Mapping):
         raise ValueError(f"a part of {name!r} must be an object, this is {type(part).__name__}")
     fields = present(part)
@@ -157,7 +173,7 @@ def _part_text(part: Any, name: str, notes: Notes) -> str:
     if "text" not in fields:
         raise ValueError(f"a part of {name!r} has no 'text'")
     notes += [("unused", f"a part's {key!r}") for key in fields if key not in ("type", "text")]
-    return text_of(fields["text"], "text", notes)
+    return text_of(fields["text"], "text", notes, controls)
 
 
 def _unsupported(kind: str) -> str:

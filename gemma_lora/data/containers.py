@@ -163,7 +163,7 @@ def _document_rows(path: Path, raw: bytes, lines: list[tuple[int, bytes]]) -> li
     text = raw.decode("utf-8", errors="replace")
     array = text.lstrip()[:1] == "["
     try:
-        rows = list(_array_rows(text) if array else _object_rows(text))
+        rows = list(array_rows(text) if array else _object_rows(text))
     except (ValueError, RecursionError) as error:
         if not array and any(isinstance(_parsed(line), dict) for _, line in lines):
             return None
@@ -189,8 +189,17 @@ def _is_record(value: dict[str, Any]) -> bool:
     return any(str(name).strip().lower() in (*CHATS, *PROMPTS, *ANSWERS) for name in value)
 
 
-def _array_rows(text: str) -> Iterator[Row]:
-    """The elements of an array, each with the line on which it begins."""
+def array_rows(text: str) -> Iterator[Row]:
+    """The elements of a JSON array, each with the line on which it begins.
+
+    Raises:
+        ValueError: If it is not JSON; as the elements are taken.
+
+    Example:
+
+    >>> list(array_rows('["a",\\n"b"]'))
+    [(1, 'a'), (2, 'b')]
+    """
     return _values(text, text.index("[") + 1, separator=",", end="]")
 
 

@@ -111,14 +111,20 @@ def refuse(fields: Mapping[str, Any], names: Mapping[str, str], whose: str = "th
             raise ValueError(f"{whose} {name!r} {names[name]}")
 
 
-def text_of(value: Any, name: str, notes: Notes) -> str:
+def text_of(value: Any, name: str, notes: Notes, controls: bool = False) -> str:
     """A field's value as text. A number becomes text, which is noted.
+
+    Args:
+        value: The value.
+        name: The field's name, for messages.
+        notes: Where to note a number.
+        controls: Whether control characters may stand in it: a model's own answers may hold them.
 
     Raises:
         ValueError: If it is anything else, or holds characters that are no text.
     """
     if isinstance(value, str):
-        check_characters(value, f"the field {name!r}")
+        check_characters(value, f"the field {name!r}", controls)
         return value
     if isinstance(value, bool) or type(value).__name__ in ("bool", "bool_"):
         word = "true" if value else "false"
@@ -132,15 +138,15 @@ def text_of(value: Any, name: str, notes: Notes) -> str:
     raise ValueError(f"the field {name!r} must be text, this is {type(value).__name__}")
 
 
-def check_characters(text: str, what: str) -> None:
-    """Raises if a text holds half a character, or a control character other than tab and line ends."""
+def check_characters(text: str, what: str, controls: bool = False) -> None:
+    """Raises if a text holds half a character, or without `controls` a control character but tab and line ends."""
     if text.isascii() and text.isprintable():
         return
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
         raise ValueError(f"{what} holds half a character (an unpaired \\ud800…\\udfff)") from None
-    if found := _CONTROLS.search(text):
+    if not controls and (found := _CONTROLS.search(text)):
         raise ValueError(f"{what} holds the control character U+{ord(found[0]):04X}. Remove it")
 
 

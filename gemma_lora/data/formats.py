@@ -56,7 +56,8 @@ def turns_before_answer(prompt: Prompt) -> tuple[tuple[str, str], ...]:
 
     Args:
         prompt: A `Prompt`. As in training, white space around texts is taken off, and system text of a chat joins
-            the user's first turn.
+            the user's first turn. Earlier answers are the model's own: they may be empty or hold control characters,
+            which are text as any other.
 
     Raises:
         ValueError: If it is none, or a chat whose turns do not alternate or end with the model's.
@@ -72,9 +73,9 @@ def turns_before_answer(prompt: Prompt) -> tuple[tuple[str, str], ...]:
         return (("user", prompt.strip()),)
     if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
         raise ValueError(f"a prompt must be text, an Example or a list of turns. Received: {type(prompt).__name__}")
-    system, turns = read_turns(list(prompt), "chat", [])
+    system, turns = read_turns(list(prompt), "chat", [], controls=True)
     turns = [turn._replace(text=turn.text.strip()) for turn in turns]
-    check_alternation(turns, last="user")
+    check_alternation(turns, last="user", empty=True)
     return _with_system(system, turns)
 
 

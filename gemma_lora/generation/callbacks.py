@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,7 +28,8 @@ class ScoreAfterEpoch(keras.callbacks.Callback):
         max_new_tokens, batch_size, mixed_precision: See `evaluate`.
 
     Attributes:
-        history: The `Scores` of each epoch so far.
+        history: The `Scores` of each epoch so far; with a `FineTuner`'s `run_dir` a run that goes on has those from
+            before it was stopped, too.
 
     Raises:
         GemmaLoraError: If there are no examples, or the metric does not suit them or needs a package that is missing.
@@ -61,15 +63,19 @@ class ScoreAfterEpoch(keras.callbacks.Callback):
             "batch_size": batch_size,
             "mixed_precision": mixed_precision,
         }
-        self.history: list[Scores] = []
+        self._kept: list[dict[str, Any]] = []  # as data, which a checkpoint keeps
+
+    @property
+    def history(self) -> list[Scores]:
+        return [Scores.of_dict(values) for values in self._kept]
 
     def on_train_begin(self, logs=None):
-        self.history = []
+        self._kept = []
 
     def on_epoch_end(self, epoch, logs=None):
         self.model.jax_state_sync()  # Keras keeps the values apart while it trains
         trained = getattr(self.model, "causal_lm", self.model)  # a FineTuner holds the Gemma
         scores = evaluate(trained, self.examples, self.template, metric=self.metric, **self.named)
-        self.history.append(scores)
+        self._kept.append(dataclasses.asdict(scores))
         if logs is not None:
             logs["val_score"] = -scores.value if self.metric == "loss" else scores.value

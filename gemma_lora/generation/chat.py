@@ -17,7 +17,6 @@ from gemma_lora.base.files import GemmaLoraError
 from gemma_lora.base.keras_on_jax import keras
 from gemma_lora.base.settings import CONTEXT_LENGTH, DEFAULTS, Answering
 from gemma_lora.data.encoding import encode_prompt
-from gemma_lora.data.formats import Example, turns_before_answer
 from gemma_lora.data.templates import Template, template_of
 from gemma_lora.gemma.weights import collect
 from gemma_lora.generation.decoding import Engine, Pairs, Rows, behind_prompt, places, resized
@@ -192,13 +191,8 @@ class Chat:
 
     def _encoded(self, chat: list[dict[str, str]]) -> np.ndarray:
         """The tokens of a chat as training encodes it."""
-        # Not as a list of turns, which is checked as lines of a file are: an answer may be empty or hold anything.
-        (first, *rest) = [turn for turn in chat if turn["role"] != "system"]
-        ((_, said),) = turns_before_answer([*[turn for turn in chat if turn["role"] == "system"], first])
-        turns = [("user" if turn["role"] == "user" else "model", turn["content"].strip()) for turn in rest]
-        prompt = Example(said, "", turns=(("user", said), *turns, ("model", "")))
         template = template_of(self.model, self._template)
-        return np.asarray(encode_prompt(prompt, self.model.preprocessor.tokenizer, template), np.int32)
+        return np.asarray(encode_prompt(chat, self.model.preprocessor.tokenizer, template), np.int32)
 
 
 def _unchanged(model: keras.Model) -> Callable[[], bool]:

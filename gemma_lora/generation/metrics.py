@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -120,6 +120,19 @@ class Scores:
         """The numbers, without what there is for every line."""
         left_out = ("answers", "cut_lines", "losses")
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in left_out}
+
+    @classmethod
+    def of_dict(cls, values: Mapping[str, Any]) -> Scores:
+        """The scores of which `dataclasses.asdict` gave the values."""
+        losses, confusion = values["losses"], values["confusion"]
+        return cls(
+            **{
+                **values,
+                "scores": {name: Estimate(**value) for name, value in values["scores"].items()},
+                "confusion": confusion and Confusion(**confusion),
+                "losses": losses and [(loss, tokens) for loss, tokens in losses],
+            }
+        )
 
 
 def score(

@@ -93,12 +93,39 @@ def show_report(console: Console, run_dir: Path, metrics: dict[str, Any], rows: 
         if scores.get("classes"):
             console.print(classes_table(name, scores["classes"]))
     console.print(answers_table(next(iter(metrics["after"])), rows))
+    for sentence in training_sentences(metrics):
+        console.print(sentence, highlight=False)
     for sentence in metrics.get("warnings", []):
         console.print(Text.assemble(("Warning: ", "bold yellow"), sentence), highlight=False)
     minutes, gigabytes = metrics["seconds"] / 60, metrics["peak_memory_bytes"] / 1e9
     console.print(f"{minutes:.1f} minutes, peak memory {gigabytes:.1f} GB. In {escape(os.fspath(run_dir))}/:")
     pictures = "loss.png" + (", confusion.png" if (run_dir / "confusion.png").exists() else "")
     console.print(f"  adapter/ (PEFT), metrics.json, settings.json, answers.jsonl, training.jsonl, {pictures}")
+
+
+def training_sentences(metrics: dict[str, Any]) -> list[str]:
+    """Which epoch a run kept, whether it stopped early, and what share of replayed text was mixed in.
+
+    Args:
+        metrics: As `finetune` returns them. What a run of another version did not write is passed over.
+
+    Example:
+
+    >>> training_sentences({"training": {"epochs": 4, "planned_epochs": 6, "kept_epoch": 2, "best_epoch": 2,
+    ...                                  "stopped_early": True}, "replay": 0.1})[0]
+    'Kept: epoch 2, whose validation loss was lowest. Stopped early, after epoch 4 of 6.'
+    """
+    sentences, training = [], metrics.get("training", {})
+    if kept := training.get("kept_epoch"):
+        why = "whose validation loss was lowest" if training.get("best_epoch") else "the last one"
+        early = f"Stopped early, after epoch {training['epochs']} of {training['planned_epochs']}."
+        whole = f"All {training['epochs']} epochs were trained." if training["epochs"] > 1 else "One epoch was trained."
+        sentences.append(f"Kept: epoch {kept}, {why}. {early if training.get('stopped_early') else whole}")
+    if "replay" in metrics:
+        share = metrics["replay"] or 0.0
+        mixed = f"{100 * share:g} % of the training tokens were text of the base model's own" if share else "none"
+        sentences.append(f"Replay against forgetting: {mixed}.")
+    return sentences
 
 
 #: Scores that are no shares, and so are shown as they are.

@@ -173,8 +173,8 @@ def train(
 
     Returns:
         The training log's rows, the seconds it took, and what the epochs did: `epochs` (that were trained),
-        `training_loss` and `validation_loss` of each, `best_epoch` (counted from 1; None where the last was kept), and
-        whether it `stopped_early`.
+        `training_loss` and `validation_loss` of each, `best_epoch` (counted from 1; None where none was looked for),
+        `kept_epoch` (whose weights the adapter has), `planned_epochs`, and whether it `stopped_early`.
     """
     replay = base_texts(model, settings, console) if settings.replay else None
     apply_lora(model, **{name: getattr(settings, name) for name in _LORA})
@@ -197,6 +197,8 @@ def train(
     losses = {name: [round(loss, 6) for loss in history.history.get(name, [])] for name in ("loss", "val_loss")}
     facts = {
         "epochs": len(history.epoch),
+        "planned_epochs": settings.epochs,
+        "kept_epoch": best.best_epoch or len(history.epoch),
         "training_loss": losses["loss"],
         "validation_loss": losses["val_loss"],
         "best_epoch": best.best_epoch,

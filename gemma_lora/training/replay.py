@@ -15,10 +15,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from gemma_lora.base.settings import REPLAY_SHARE
 from gemma_lora.data.encoding import Encoded
-
-#: The share of tokens that are replay, where a job's lines are shown more than once and nobody says another.
-DEFAULT_SHARE = 0.1
 
 
 def default_share(epochs: int) -> float:
@@ -29,7 +27,7 @@ def default_share(epochs: int) -> float:
     >>> default_share(1), default_share(4)
     (0.0, 0.1)
     """
-    return DEFAULT_SHARE if epochs > 1 else 0.0
+    return REPLAY_SHARE if epochs > 1 else 0.0
 
 
 def with_replay(

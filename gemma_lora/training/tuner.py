@@ -17,7 +17,7 @@ import numpy as np
 from gemma_lora.base.files import GemmaLoraError
 from gemma_lora.base.hardware import choose, use_compilation_cache
 from gemma_lora.base.keras_on_jax import keras
-from gemma_lora.base.settings import DEFAULTS, check
+from gemma_lora.base.settings import DEFAULTS, REPLAY_SHARE, check
 from gemma_lora.data.dataset import Dataset
 from gemma_lora.data.encoding import Encoded, encode
 from gemma_lora.data.packing import Batch, pack
@@ -34,7 +34,6 @@ from gemma_lora.quantization.rows import Bfloat16Rows, Int8Rows
 from gemma_lora.training import fitting
 from gemma_lora.training.callbacks import TrainingLog
 from gemma_lora.training.datasets import as_dataset, examples_of, held_out, is_lines
-from gemma_lora.training.replay import DEFAULT_SHARE
 from gemma_lora.training.schedule import WarmupCosine as WarmupCosine
 from gemma_lora.training.steps import SteppedModel
 
@@ -295,7 +294,7 @@ class FineTuner(SteppedModel):
         skip_bad_lines: bool = False,
         encoded: Encoded | None = None,
         replay: Sequence[np.ndarray] | None = None,
-        replay_share: float = DEFAULT_SHARE,
+        replay_share: float = REPLAY_SHARE,
         initial_epoch: int = 0,
         steps_per_epoch: int | None = None,
         **kwargs,

@@ -1,7 +1,9 @@
 """benchmarks/methods.py, learning_curve.py and scaling.py: each run trains what its name says."""
 
 import dataclasses
+import json
 import os
+import sys
 import types
 
 import jax.numpy as jnp
@@ -130,6 +132,24 @@ def test_what_is_compared_works_in_turns_and_never_two_at_once(benchmark_script,
     assert log.read_text().split("\n")[:-1] == [f"{what} {name}" for name in order for what in ("starts", "stops")]
     log.unlink()
     assert one_process.measure(str(script), "a", "2") == {"name": "a"}  # alone it waits for nobody
+
+
+def test_named_runs_are_listed_and_made_where_they_are_missing(benchmark_script, monkeypatch, tmp_path, capsys):
+    named_runs = benchmark_script("named_runs")
+    import one_process
+
+    output = tmp_path / "made.json"
+    output.write_text(json.dumps({"runs": {"b": {"loss": 2}}}))
+    monkeypatch.setattr(one_process, "measure", lambda script, *arguments, quiet: {"loss": 1, "told": arguments})
+
+    def command(*arguments):
+        monkeypatch.setattr(sys, "argv", ["made.py", "--output", str(output), *arguments])
+        return named_runs.main("made.py", "", {"a": 1, "b": 2, "c": 3}, lambda name: {}, lambda result: "kept")
+
+    assert command("--list", "--only", "a", "b") == 0 and capsys.readouterr().out.split() == ["a", "b", "(done)"]
+    assert command("--only", "a", "b") == 0 and capsys.readouterr().out == "a kept\n"
+    runs = json.loads(output.read_text())["runs"]
+    assert list(runs) == ["a", "b"] and runs == {"a": {"loss": 1, "told": ["--one", "a"]}, "b": {"loss": 2}}
 
 
 def test_a_variant_changes_what_its_name_says(benchmark_script):

@@ -46,6 +46,20 @@ def test_one_prompt_or_several():
     assert as_prompts(["a", CHAT, example]) == ["a", CHAT, example] and as_prompts([]) == []
 
 
+def test_a_models_own_answers_are_taken_as_they_are():
+    """They may be empty or hold control characters; what looks like a control token is text."""
+    said = ["\x00\x1b[1m", "", "a<end_of_turn>b<eos>"]
+    turns = [
+        turn for text in said for turn in ({"role": "user", "content": "q"}, {"role": "assistant", "content": text})
+    ]
+    chat = [*turns, {"role": "user", "content": "r"}]
+    assert [text for role, text in turns_before_answer(chat) if role == "model"] == said
+    ids = encode_prompt(chat, GreedyTokenizer(), Template.gemma_chat()).tolist()
+    plain = [{**turn, "content": "x"} for turn in chat]
+    as_many = encode_prompt(plain, GreedyTokenizer(), Template.gemma_chat()).tolist()
+    assert [i for i in ids if i < 6] == [i for i in as_many if i < 6]
+
+
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [(CHAT, "the last turn must be the user's"), ([], "must be a list of turns"), (7, "must be text, an Example or")],

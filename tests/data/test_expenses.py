@@ -391,7 +391,7 @@ def test_rebuilding_gives_the_stored_bytes(prepare, built):
     for split, kept in built.items():
         content = (FOLDER / f"{split}.jsonl").read_bytes()
         digest = hashlib.sha256(content).hexdigest()
-        assert content == prepare.to_jsonl(kept)
+        assert content == prepare.task_files.to_jsonl([line.record for line in kept])
         assert digest == sums[f"{split}.jsonl"]
         assert f"| `{split}.jsonl` | {len(kept):,} | `{digest}` |" in readme
 

@@ -30,6 +30,33 @@ def test_json_lines_are_texts_prompts_chats_or_examples():
     assert isinstance(asked, Example) and asked.prompt == "a"
 
 
+@pytest.mark.parametrize("indent", [None, 2])
+def test_an_array_holds_what_lines_may(indent):
+    values = ["one", {"prompt": "two"}, {"messages": CHAT}, CHAT, {"prompt": "three", "response": "r"}]
+    one, two, chat, turns, three = read_prompts(json.dumps(values, indent=indent).encode(), "p.json", jsonl=True)
+    assert (one, two, chat, turns) == ("one", "two", CHAT, CHAT) and isinstance(three, Example)
+
+
+def test_an_array_of_turns_is_one_chat_and_a_chat_may_stand_in_each_line():
+    assert read_prompts(json.dumps(CHAT, indent=1).encode(), "p.json", jsonl=True) == [CHAT]
+    assert read_prompts(lines(CHAT, CHAT[:1]), "p.jsonl", jsonl=True) == [CHAT, CHAT[:1]]
+
+
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [
+        (b'["a",\n 3.5]', "p.json:2: .*this is float"),
+        (b'["a",\n {"prompt": "x", "system": "y"}]', "p.json:2: .*'system'"),
+        (b'["a"\n "b"]', "p.json: not JSON"),
+        (b'["a",\n "\xff"]', "p.json:2: not UTF-8"),
+        (b"[]", "no prompt"),
+    ],
+)
+def test_what_is_wrong_in_an_array_is_named(raw, said):
+    with pytest.raises(GemmaLoraError, match=said):
+        read_prompts(raw, "p.json", jsonl=True)
+
+
 @pytest.mark.parametrize(
     ("value", "said"),
     [

@@ -53,7 +53,7 @@ def test_rebuilding_gives_the_stored_bytes(task):
     for split, lines in built.items():
         content = (DATA / task / f"{split}.jsonl").read_bytes()
         digest = hashlib.sha256(content).hexdigest()
-        assert content == prepare.to_jsonl(lines) and digest == sums[f"{split}.jsonl"]
+        assert content == prepare.task_files.to_jsonl(lines) and digest == sums[f"{split}.jsonl"]
         assert f"| `{split}.jsonl` | {len(lines):,} | `{digest}` |" in readme
 
 

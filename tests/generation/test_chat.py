@@ -9,7 +9,6 @@ import gemma_lora as gl
 from gemma_lora import lora
 from gemma_lora.base.files import GemmaLoraError
 from gemma_lora.data.encoding import encode_prompt
-from gemma_lora.data.formats import Example
 from gemma_lora.data.templates import Template
 from gemma_lora.generation import chat as chats
 from gemma_lora.generation import decoding
@@ -26,16 +25,7 @@ def small(number=3):
 
 def whole(model, chat, **named):
     """What `generate` answers to everything before the chat's last turn."""
-    return gl.generate(model, [asked(chat.history[:-1])], **named)[0]
-
-
-def asked(history):
-    """A history as an example: a random model's answers hold characters that a file's lines may not."""
-    system = [turn["content"] + "\n\n" for turn in history if turn["role"] == "system"]
-    roles = {"user": "user", "assistant": "model"}
-    turns = [(roles[turn["role"]], turn["content"].strip()) for turn in history if turn["role"] in roles]
-    first = "".join(system) + turns[0][1]
-    return Example(first, "", turns=(("user", first), *turns[1:], ("model", "")))
+    return gl.generate(model, [chat.history[:-1]], **named)[0]
 
 
 def adapted(model, scale=0.3):
@@ -53,7 +43,7 @@ def test_answers_are_those_of_the_whole_chat_and_each_token_is_read_once(number,
     for turn in TURNS:
         answer = chat(turn)
         assert answer == whole(model, chat, template=template, max_new_tokens=21)
-        prompt = encode_prompt(asked(chat.history[:-1]), tokenizer, template)
+        prompt = encode_prompt(chat.history[:-1], tokenizer, template)
         assert chat.tokens_read <= len(prompt) - seen  # nothing of the prompt before
         seen = len(prompt)
     roles = [turn["role"] for turn in chat.history]
@@ -75,7 +65,7 @@ def test_only_new_tokens_are_read(monkeypatch):
     before, answer, whole_answers = 0, "", 0
     for turn in TURNS:
         said, answer = answer, chat(turn)
-        prompt = len(encode_prompt(asked(chat.history[:-1]), CharacterTokenizer(), Template.base()))
+        prompt = len(encode_prompt(chat.history[:-1], CharacterTokenizer(), Template.base()))
         assert chat.tokens_read == read[-1] + 1 <= prompt - before  # the last one is read by the program that answers
         if (
             len(said) == 9
@@ -100,7 +90,7 @@ def test_few_shapes_are_compiled_and_the_cache_grows_in_steps(monkeypatch):
     chat, lengths = gl.Chat(model, max_new_tokens=9), []
     for turn in ("a" * 20, "b" * 20, "c", "d" * 20, "e" * 20):
         chat(turn)
-        lengths.append(len(encode_prompt(asked(chat.history[:-1]), CharacterTokenizer(), Template.base())))
+        lengths.append(len(encode_prompt(chat.history[:-1], CharacterTokenizer(), Template.base())))
     assert 2 <= len(set(sizes)) < len(sizes)
     assert set(sizes) == {64 * -(-length // 64) + 16 for length in lengths}
     assert chat.history[-1]["content"] == whole(model, chat, max_new_tokens=9)  # what it had read has moved along
@@ -114,7 +104,7 @@ def test_a_changed_model_is_noticed():
     lora.apply_lora(model, rank=2)
     adapted(model)
     assert chat("and?") == whole(model, chat, max_new_tokens=9)
-    assert chat.tokens_read == len(encode_prompt(asked(chat.history[:-1]), CharacterTokenizer(), Template.base()))
+    assert chat.tokens_read == len(encode_prompt(chat.history[:-1], CharacterTokenizer(), Template.base()))
     adapted(model, 0.8)  # another adapter
     assert chat("more") == whole(model, chat, max_new_tokens=9)
     lora.merge_lora(model)

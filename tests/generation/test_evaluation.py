@@ -1,5 +1,6 @@
 """Scores by hand, and perplexity against the loss written out."""
 
+import json
 import types
 
 import keras
@@ -12,9 +13,11 @@ from gemma_lora.data.encoding import encode
 from gemma_lora.data.formats import Example
 from gemma_lora.data.packing import pack
 from gemma_lora.data.templates import Template
-from gemma_lora.generation import evaluation, likelihood
+from gemma_lora.generation import callbacks, evaluation, likelihood
 from gemma_lora.generation.evaluation import teacher_forced
+from gemma_lora.generation.metrics import loss_scores, score
 from gemma_lora.generation.worked_examples import separator_of
+from gemma_lora.training.states import CallbackStates
 
 REFERENCE = '{"date": "2024-07-12", "amount": "769.08"}'
 
@@ -286,6 +289,34 @@ def test_the_score_after_an_epoch_is_of_the_weights_then_and_training_stops_by_i
     assert watch.history[0].count == 2
     if metric == "exact":
         assert len(history["val_score"]) < 60
+
+
+@pytest.mark.parametrize("metric", ["classification", "json", "loss"])
+def test_a_run_that_goes_on_has_the_scores_of_the_epochs_before(monkeypatch, metric):
+    answers = {"classification": ["yes", "no"], "json": ['{"a": "1"}', '{"a": "2"}'], "loss": ["b", "d"]}[metric]
+    lines = [Example("a", answers[0]), Example("c", answers[1])]
+    if metric == "loss":
+        scores = loss_scores([(2.5, 2), (0.5, 1)], [True, False])
+    else:
+        scores = score([answers[0], answers[0]], answers, metric, [False, True])
+    monkeypatch.setattr(callbacks, "evaluate", lambda *given, **named: scores)
+    trained = types.SimpleNamespace(jax_state_sync=lambda: None, weights=[])
+
+    def begun():
+        watch = gl.ScoreAfterEpoch(lines, metric=metric)
+        watch.set_model(trained)
+        watch.on_train_begin()
+        states = CallbackStates([watch], trained)
+        states.remember_start()
+        return watch, states
+
+    stopped, states = begun()
+    stopped.on_epoch_end(0)
+    kept, arrays = states.take()
+    went_on, states = begun()
+    states.give_back(json.loads(json.dumps(kept)), arrays)
+    went_on.on_epoch_end(1)
+    assert went_on.history == [scores, scores] and stopped.history == [scores]
 
 
 def test_the_callback_refuses_what_it_cannot_score():

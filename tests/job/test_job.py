@@ -159,6 +159,10 @@ def test_the_best_epoch_is_kept(finished):
     assert training["epochs"] == len(losses) == len(training["training_loss"]) > 1
     assert training["best_epoch"] == 1 + losses.index(min(losses))
     assert training["stopped_early"] == (training["epochs"] < finished.settings.epochs)
+    assert training["kept_epoch"] == training["best_epoch"] and training["planned_epochs"] == finished.settings.epochs
+    shown = " ".join(finished.shown.split())
+    assert f"Kept: epoch {training['best_epoch']}, whose validation loss was lowest." in shown
+    assert f"Replay against forgetting: {100 * finished.metrics['replay']:g} % of" in shown
     tuner = FineTuner(load_adapter(small_model(), finished.dir / "adapter"), rows=2, row_length=48)
     assert tuner.evaluate(finished.settings.data, verbose=0) == pytest.approx(min(losses), rel=1e-3)
 

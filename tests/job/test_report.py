@@ -9,7 +9,7 @@ from rich.console import Console
 from gemma_lora.data.formats import Example
 from gemma_lora.generation.metrics import score
 from gemma_lora.job import finetuning, folder
-from gemma_lora.job.report import show_report
+from gemma_lora.job.report import show_report, training_sentences
 
 
 def shown(metrics, run_dir, rows=()):
@@ -81,3 +81,24 @@ def test_a_chat_is_shown_with_all_it_was_asked():
     assert [turn["content"] for turn in line["messages"]] == ["Be kind.\n\nHi", "Hello", "And?"]
     assert [turn["role"] for turn in line["messages"]] == ["user", "assistant", "user"]
     assert finetuning.shown_line(Example("a", "b")) == {"prompt": "a", "response": "b"}
+
+
+@pytest.mark.parametrize(
+    ("training", "words"),
+    [
+        (
+            {"best_epoch": 2, "kept_epoch": 2, "stopped_early": True},
+            "epoch 2, whose validation loss was lowest. Stopped",
+        ),
+        ({"best_epoch": 2, "kept_epoch": 2, "stopped_early": True}, "early, after epoch 4 of 6."),
+        ({"best_epoch": None, "kept_epoch": 4, "stopped_early": False}, "epoch 4, the last one. All 4 epochs were"),
+    ],
+)
+def test_a_report_says_which_epoch_was_kept_and_where_it_stopped(training, words):
+    said = training_sentences({"training": {"epochs": 4, "planned_epochs": 6} | training, "replay": 0.1})
+    assert words in said[0] and "10 % of the training tokens" in said[1]
+
+
+def test_a_report_of_a_run_without_replay_or_of_an_older_version():
+    assert training_sentences({"replay": 0.0}) == ["Replay against forgetting: none."]
+    assert training_sentences({"training": {"epochs": 4, "best_epoch": 2}}) == []
