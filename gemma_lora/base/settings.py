@@ -28,11 +28,13 @@ LEAST_NEW_TOKENS = 16
 #: Tokens that a chat may have, answers included, before it says so: what every Gemma was trained for.
 CONTEXT_LENGTH = 8192
 
+#: Types of GGUF files that the `gguf` library writes.
+GGUF_TYPES = ("F16", "F32", "BF16", "Q8_0")
 #: Formats of `export` -> the types that its weights may be stored in, the default first; None: as the model holds them.
 EXPORT_FORMATS: dict[str, tuple[str | None, ...]] = {
     "huggingface": (None, "F32", "BF16"),
     "gguf": (
-        *("F16", "F32", "BF16", "Q8_0"),
+        *GGUF_TYPES,
         # llama.cpp's own quantizer makes these; those that need an importance matrix are left out.
         *("Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_0", "Q4_1", "Q4_K_S", "Q4_K_M"),
         *("Q5_0", "Q5_1", "Q5_K_S", "Q5_K_M", "Q6_K", "IQ4_NL", "IQ4_XS"),

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
-from gemma_lora.base.files import GemmaLoraError, require_writable, write_text_atomic
+from gemma_lora.base.files import write_text_atomic
 from gemma_lora.base.keras_on_jax import keras
-from gemma_lora.base.settings import EXPORT_FORMATS, export_type
+from gemma_lora.base.settings import GGUF_TYPES, export_type
 from gemma_lora.data.templates import Template, template_of
-from gemma_lora.exchange.model_card import NOTICE, card, run_of
+from gemma_lora.exchange.chat_templates import modelfile_of, strings_beside_tokens
+from gemma_lora.exchange.destination import check_path, check_quantizer
+from gemma_lora.exchange.model_card import NOTICE, base_name, card, run_of
+from gemma_lora.gemma.load import BUILTIN_FILE, BUILTIN_NAME
 from gemma_lora.lora.apply import lora_layers
 
 
@@ -72,32 +76,12 @@ def export(
     template = template_of(model, template)
     if format == "huggingface":
         return _huggingface(model, path, kind, template, run_of(Path(adapter) if adapter else None))
-    raise ValueError(f"`format` must be one of {', '.join(EXPORT_FORMATS)}. Received: format={format!r}")
+    return (_gguf if format == "gguf" else _gguf_lora)(model, path, kind, template)
 
 
 def backbone_dtype(model: keras.Model) -> str:
     """What a model computes in."""
     return getattr(model, "backbone", model).token_embedding.compute_dtype
-
-
-def check_path(path: Path, format: str, option: str = "path") -> None:
-    """Raises where an export cannot go; to be called before slow work.
-
-    Args:
-        path: The folder or file.
-        format: Of the export.
-        option: What messages call it.
-    """
-    if format == "huggingface":
-        if path.exists() and not path.is_dir():
-            raise GemmaLoraError(f"{path}: is a file. Give a folder as {option}.")
-        if path.is_dir() and (path / "adapter_config.json").exists():
-            raise GemmaLoraError(f"{path}: holds an adapter; transformers would load that. Give another {option}.")
-        require_writable(path / "config.json", option)
-        return
-    if path.suffix.lower() != ".gguf":
-        raise GemmaLoraError(f"{path}: a GGUF file ends in .gguf. Give another {option}.")
-    require_writable(path, option)
 
 
 def _huggingface(model: keras.Model, folder: Path, kind: str, template: Template, run: dict[str, Any]) -> Export:
@@ -113,3 +97,41 @@ def _huggingface(model: keras.Model, folder: Path, kind: str, template: Template
     names += ["generation_config.json", "config.json", "README.md", "NOTICE"]
     files = tuple(folder / name for name in names)
     return Export(folder, "huggingface", kind, files, rounding.share_of_update, tuple(notes))
+
+
+def _gguf(model: keras.Model, path: Path, kind: str, template: Template) -> Export:
+    from gemma_lora.exchange import llama_quantizer
+    from gemma_lora.exchange.gguf_model import write_model
+    from gemma_lora.exchange.merged import parts
+
+    if kind in GGUF_TYPES:
+        rounding = write_model(model, path, kind, template, path.stem)
+    else:
+        check_quantizer(kind)
+        path.absolute().parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.absolute().parent) as folder:
+            write_model(model, Path(folder) / "float32.gguf", "F32", template, path.stem)
+            llama_quantizer.quantize(Path(folder) / "float32.gguf", path, kind)
+        rounding = llama_quantizer.rounding_of(list(parts(model)), path)
+    notes = [sentence for sentence in (rounding.sentence(kind),) if sentence] + _about_stops(template)
+    written = path.with_suffix(".Modelfile")
+    write_text_atomic(written, modelfile_of(template, f"./{path.name}", notes=[NOTICE.strip()]))
+    return Export(path, "gguf", kind, (path, written), rounding.share_of_update, tuple(notes))
+
+
+def _gguf_lora(model: keras.Model, path: Path, kind: str, template: Template) -> Export:
+    from gemma_lora.exchange.gguf_adapter import write_adapter
+
+    write_adapter(model, path, kind, path.stem)
+    source = getattr(model, "gemma_lora_source", None)
+    base = BUILTIN_FILE if source == BUILTIN_NAME else Path(str(source)).name if source else "base.gguf"
+    comments = [NOTICE.strip(), f"FROM must be the model that the adapter was trained on ({base_name(source)})."]
+    written = path.with_suffix(".Modelfile")
+    write_text_atomic(written, modelfile_of(template, f"./{base}", f"./{path.name}", comments))
+    return Export(path, "gguf-lora", kind, (path, written), None, tuple(_about_stops(template)))
+
+
+def _about_stops(template: Template) -> list[str]:
+    strings = ", ".join(repr(text) for text in strings_beside_tokens(template))
+    sentence = f"An answer also ends before {strings}: the Modelfile says so, other programs must be told."
+    return [sentence] if strings else []

@@ -163,13 +163,13 @@ def _constants(architecture: Architecture, generation: int) -> dict[str, Any]:
     }
     if generation == 2:
         return constants | {"rope_theta": blocks[0].wavelength}
-    local, everywhere = _rotation(architecture)
+    local, everywhere = rotation_of(architecture)
     scaling = None if everywhere[1] == 1.0 else {"rope_type": "linear", "factor": everywhere[1]}
     constants |= {"rope_theta": everywhere[0], "rope_local_base_freq": local[0], "rope_scaling": scaling}
     return constants | {"use_bidirectional_attention": False}
 
 
-def _rotation(architecture: Architecture) -> tuple[tuple[float, float], tuple[float, float]]:
+def rotation_of(architecture: Architecture) -> tuple[tuple[float, float], tuple[float, float]]:
     """Gemma 3's `(wavelength, scaling)` of blocks with a window, and of those without; one stands in for the other."""
     local = {(b.wavelength, b.rope_scaling) for b in architecture.blocks if b.window is not None}
     everywhere = {(b.wavelength, b.rope_scaling) for b in architecture.blocks if b.window is None}
