@@ -1,4 +1,4 @@
-"""The command line: `gemma-lora finetune`, `evaluate`, `generate`, `chat`, `plan` and `export`."""
+"""The command line: `gemma-lora finetune`, `evaluate`, `generate`, `chat`, `plan`, `export` and `serve`."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from rich.text import Text
 
 from gemma_lora.base.files import GemmaLoraError, require_writable, write_json_atomic, write_jsonl_atomic
 from gemma_lora.base.hardware import keep_freed_memory
-from gemma_lora.base.settings import ANSWERING_FIELDS, Settings
+from gemma_lora.base.settings import ANSWERING_FIELDS, DEFAULTS, SERVER_TIMEOUT, Answering, Settings
 from gemma_lora.commands.export import EXAMPLES as EXPORTS
 from gemma_lora.commands.export import export
 from gemma_lora.commands.models import load, require_model
 from gemma_lora.commands.options import ADAPTER, MODEL, OFFERED, STOP, takes
+from gemma_lora.commands.serve import EXAMPLES as SERVERS
+from gemma_lora.commands.serve import serve
 
 app = typer.Typer(
     add_completion=False,
@@ -53,7 +55,8 @@ def finetune(
 @app.command(
     epilog='Example: `gemma-lora generate --adapter runs/expenses/adapter "12 lug 2024 Café Lumière 769,08 €"`  \n'
     "A file: `gemma-lora generate --file prompts.jsonl --temperature 0.8 --top-p 0.95`  \n"
-    'From a pipe, up to a word: `gemma-lora generate --stop "Q:" - < prompts.txt`'
+    'From a pipe, up to a word: `gemma-lora generate --stop "Q:" - < prompts.txt`  \n'
+    'A server: `gemma-lora generate --server http://127.0.0.1:8000 "12 lug 2024 Café Lumière 769,08 €"`'
 )
 @takes(*MODEL, "max_new_tokens", answering=True)
 def generate(
@@ -67,16 +70,37 @@ def generate(
     ] = None,
     *,
     stop: Annotated[list[str] | None, STOP] = None,
+    server: Annotated[
+        str | None, typer.Option(help="Ask this OpenAI-compatible server, which has its own model.")
+    ] = None,
+    timeout: Annotated[
+        float, typer.Option(help="With --server: seconds to wait for one answer.", min=0.1)
+    ] = SERVER_TIMEOUT,
     **chosen: Any,
 ) -> None:
     """Answer prompts: greedily, or with a temperature by drawing."""
     asked = _prompts(prompts or [], file)
     _require_stops(stop)
+    if server is not None:
+        _ask_server(server, timeout, asked, adapter, stop, chosen)
+        return
     require_model(adapter, chosen)
     loaded = load(adapter, chosen)
     from gemma_lora.generation.engine import generate as answer
 
     for text in answer(loaded, asked, **_as_asked(chosen), stop=stop or ()):
+        typer.echo(text)
+
+
+def _ask_server(
+    server: str, timeout: float, asked: list, adapter: Path | None, stop: list[str] | None, chosen: dict[str, Any]
+) -> None:
+    from gemma_lora.generation.server import ask
+
+    if adapter is not None or any(chosen[name] != getattr(DEFAULTS, name) for name in MODEL):
+        raise GemmaLoraError("--server answers with its own model. Leave --adapter, --model and --quantization out.")
+    answering = Answering(**{name: chosen[name] for name in ANSWERING_FIELDS})
+    for text in ask(server, asked, chosen["max_new_tokens"], answering, stop or (), timeout):
         typer.echo(text)
 
 
@@ -369,6 +393,7 @@ def _advice(configuration, fits: dict[str, int], available: int, named: dict) ->
 
 
 app.command(epilog=EXPORTS)(export)
+app.command(epilog=SERVERS)(serve)
 
 
 def main() -> None:

@@ -99,7 +99,7 @@ def _upgrade() -> str:
 
 def unknown_type(error: Exception) -> str | None:
     """What to say if the `gguf` library failed at a type of tensor that it does not know; else None."""
-    found = re.search(r"(\d+) is not a valid GGMLQuantizationType", str(error))
+    found = re.search(r"(\d+)\)? is not a valid GGMLQuantizationType", str(error))
     return f"holds a tensor of ggml's type {found[1]}, which {_upgrade()}" if found else None
 
 
