@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
 import socket
@@ -17,6 +16,7 @@ from gemma_lora.base.files import GemmaLoraError, cache_dir
 from gemma_lora.base.settings import DEFAULTS, SERVER_PORT, export_type
 from gemma_lora.commands.models import load, require_model
 from gemma_lora.commands.options import ADAPTER, MODEL, takes
+from gemma_lora.exchange.destination import is_installed
 
 EXAMPLES = (
     "Example: `gemma-lora serve --adapter runs/expenses/adapter --type Q8_0`  \n"
@@ -73,7 +73,7 @@ def _require_file(file: Path, type: str | None, chosen: dict[str, Any]) -> None:
 
 def _require_server() -> None:
     """Raises if llama-cpp-python's server cannot be run."""
-    if missing := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
+    if missing := [name for name in _NEEDED if not is_installed(name)]:
         raise GemmaLoraError(
             f"llama-cpp-python's server is not installed ({', '.join(missing)}). Install it (it is compiled, some "
             'minutes): pip install "gemma_lora[serve]"'

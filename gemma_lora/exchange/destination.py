@@ -29,6 +29,11 @@ def check_path(path: Path, format: str, option: str = "path") -> None:
     require_writable(path, option)
 
 
+def is_installed(name: str) -> bool:
+    """Whether a module is there; it is not imported."""
+    return importlib.util.find_spec(name) is not None
+
+
 def check_quantizer(kind: str | None) -> None:
     """Raises where a type is llama.cpp's to make and llama-cpp-python is not installed.
 
@@ -37,7 +42,7 @@ def check_quantizer(kind: str | None) -> None:
     """
     if kind in (None, *GGUF_TYPES) or kind not in EXPORT_FORMATS["gguf"]:
         return
-    if importlib.util.find_spec("llama_cpp") is None:
+    if not is_installed("llama_cpp"):
         raise GemmaLoraError(
             f"--type {kind} is made by llama.cpp's quantizer, which is not installed. Install it (it is compiled, some "
             'minutes): pip install "gemma_lora[serve]". Or give --type Q8_0, F16, BF16 or F32.'

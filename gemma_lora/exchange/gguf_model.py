@@ -91,7 +91,7 @@ def write_model(model: keras.Model, path: Path, kind: str, template: Template, n
             exact = _scaled(part, generation, factor)
             stored = _stored_kind(part, kind)
             raw = _encoded(part, exact, stored)
-            if part.update() != 0.0:
+            if part.adapted:
                 rounding.add(part, exact, gguf.dequantize(raw, stored))
             writer.write_tensor_data(raw)
         writer.close()
@@ -204,7 +204,9 @@ def _add_tokenizer(writer: Any, pieces: Pieces, rows: int, template: Template) -
         elif kinds[number] == USER_DEFINED:
             texts[number] = text.replace("▁", " ")
     for number in range(len(texts), rows):
-        texts, kinds, scores = [*texts, f"[PAD{number}]"], [*kinds, UNUSED], [*scores, -1000.0]
+        texts.append(f"[PAD{number}]")
+        kinds.append(UNUSED)
+        scores.append(-1000.0)
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
     writer.add_token_list(texts)

@@ -62,7 +62,8 @@ def write_folder(model: keras.Model, folder: Path, kind: str, template: Template
         def read() -> np.ndarray:
             exact = part.read()
             stored = safetensors_file.rounded(exact, kind)
-            rounding.add(part, exact, np.asarray(stored, np.float32))
+            if part.adapted:
+                rounding.add(part, exact, np.asarray(stored, np.float32))
             return stored
 
         return tensor_name(part, generation), part.shape, read

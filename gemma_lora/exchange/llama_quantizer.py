@@ -50,7 +50,7 @@ def rounding_of(exact: list[Part], path: Path) -> Rounding:
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     rounding = Rounding()
     for part in exact:
-        if part.update() != 0.0:
+        if part.adapted:
             tensor = stored[tensor_name(part)]
             rounding.add(part, part.read(), gguf.dequantize(tensor.data, tensor.tensor_type).reshape(part.shape))
     return rounding

@@ -35,15 +35,16 @@ class Part:
 
     Invariants: `place` is "embedding", a name of `PLACES`, or a norm's: "final_norm", or one of `FAMILIES` with "_norm"
     behind it. `block` is None for the embedding and the final norm. `read()` gives float32 of `shape`: a matrix is
-    (d_out, d_in), a norm (width,), which multiplies by 1 + what it holds. `update()` gives the squared Frobenius norm
-    of what an adapter adds to it: 0.0 where there is none, None where it cannot be told any more.
+    (d_out, d_in), a norm (width,), which multiplies by 1 + what it holds. Where it is `adapted`, `update()` gives the
+    squared Frobenius norm of what the adapter adds to it, or None where that cannot be told any more.
     """
 
     place: str
     block: int | None
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
-    update: Callable[[], float | None]
+    adapted: bool = False
+    update: Callable[[], float | None] = lambda: 0.0
 
 
 def generation_of(model: keras.Model) -> int:
@@ -82,7 +83,7 @@ def parts(model: keras.Model) -> Iterator[Part]:
     backbone = backbone_of(model)
     family = family_of(backbone)
     table = _table(backbone.token_embedding)
-    yield Part("embedding", None, (backbone.vocabulary_size, backbone.hidden_dim), table, lambda: 0.0)
+    yield Part("embedding", None, (backbone.vocabulary_size, backbone.hidden_dim), table)
     for number, block in enumerate(backbone.transformer_layers):
         for name in PLACES:
             parent, attribute = parent_and_attribute(block, family.linear[name])
@@ -100,7 +101,7 @@ def _norms(backbone: Any, block: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _norm_part(name: str, number: int | None, norm: Any) -> Part:
-    return Part(name, number, tuple(norm.scale.shape), lambda: np.asarray(norm.scale, np.float32), lambda: 0.0)
+    return Part(name, number, tuple(norm.scale.shape), lambda: np.asarray(norm.scale, np.float32))
 
 
 def _table(embedding: Any) -> Callable[[], np.ndarray]:
@@ -126,13 +127,11 @@ def _linear_part(name: str, number: int, layer: Any) -> Part:
         return np.ascontiguousarray(_dense(layer).T)
 
     def update() -> float | None:
-        if not adapted:
-            return 0.0
         if not getattr(layer, "merged", False):
             return _squares(_dense(layer) - _dense(base))
         return _squares(np.asarray(layer.delta())) if isinstance(layer, LoRALayer) and not layer.dora else None
 
-    return Part(name, number, (d_out, d_in), read, update)
+    return Part(name, number, (d_out, d_in), read, adapted, update)
 
 
 def _dense(layer: Any) -> np.ndarray:
@@ -152,11 +151,11 @@ class Rounding:
         self._known = True
 
     def add(self, part: Part, exact: np.ndarray, written: np.ndarray) -> None:
-        """Counts one part: its values before and after rounding, both float32."""
+        """Counts one part that is adapted: its values before and after rounding, both float32."""
         update = part.update()
         if update is None:
             self._known = False
-        elif update:
+        else:
             self._update += update
             self._error += _squares(written - exact)
             self._weights += _squares(exact)

@@ -86,7 +86,7 @@ SERVES = {
 
 @pytest.mark.parametrize("what", SERVES)
 def test_serve_says_what_is_wrong_before_it_loads(command, monkeypatch, tmp_path, what):
-    monkeypatch.setattr(serving.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(serving, "is_installed", lambda name: True)
     (tmp_path / "there.gguf").write_text("")
     arguments, message = SERVES[what]
     with socket.socket() as free:
@@ -98,10 +98,10 @@ def test_serve_says_what_is_wrong_before_it_loads(command, monkeypatch, tmp_path
 
 def test_serve_without_the_servers_packages_and_with_a_port_that_is_taken(command, monkeypatch, tmp_path):
     (tmp_path / "there.gguf").write_text("")
-    monkeypatch.setattr(serving.importlib.util, "find_spec", lambda name: None if name == "fastapi" else object())
+    monkeypatch.setattr(serving, "is_installed", lambda name: name != "fastapi")
     status, _, err = command("serve", "--file", "there.gguf")
     assert status == 2 and "not installed (fastapi). Install it" in err and '"gemma_lora[serve]"' in err
-    monkeypatch.setattr(serving.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(serving, "is_installed", lambda name: True)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -110,7 +110,7 @@ def test_serve_without_the_servers_packages_and_with_a_port_that_is_taken(comman
 
 
 def test_serve_exports_once_and_becomes_the_server(command, monkeypatch, adapter):
-    monkeypatch.setattr(serving.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(serving, "is_installed", lambda name: True)
     monkeypatch.setattr(serving, "require_free", lambda port: None)
     loads, started = [], []
     monkeypatch.setattr(serving, "load", lambda folder, chosen: loads.append(folder) or small(3))

@@ -243,7 +243,7 @@ def test_the_modelfile_has_the_template_and_its_stops(tmp_path):
 
 
 def test_a_type_of_llama_cpps_needs_llama_cpp(tmp_path, monkeypatch):
-    monkeypatch.setattr(destination.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(destination, "is_installed", lambda name: False)
     with pytest.raises(GemmaLoraError, match=r'Q4_K_M is made by llama.cpp.*pip install "gemma_lora\[serve\]".*Q8_0'):
         gl.export(small(3), tmp_path / "out.gguf", "gguf", "q4_k_m")
     assert not list(tmp_path.iterdir())
