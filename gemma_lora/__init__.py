@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from gemma_lora.data.dataset import load_dataset as load_dataset
     from gemma_lora.data.mask import show_mask as show_mask
     from gemma_lora.data.templates import Template as Template
+    from gemma_lora.exchange.export import export as export
     from gemma_lora.exchange.peft import load_adapter as load_adapter
     from gemma_lora.exchange.peft import save_adapter as save_adapter
     from gemma_lora.gemma.load import load_gemma as load_gemma
@@ -49,6 +50,7 @@ _MODULES = {
     "data.dataset": ["load_dataset"],
     "data.mask": ["show_mask"],
     "data.templates": ["Template"],
+    "exchange.export": ["export"],
     "exchange.peft": ["load_adapter", "save_adapter"],
     "gemma.load": ["load_gemma"],
     "generation.base_text": ["base_text"],

@@ -1,14 +1,11 @@
-"""The command line: `gemma-lora finetune`, `evaluate`, `generate`, `chat` and `plan`."""
+"""The command line: `gemma-lora finetune`, `evaluate`, `generate`, `chat`, `plan`, `export` and `serve`."""
 
 from __future__ import annotations
 
-import inspect
 import os
-import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -16,7 +13,13 @@ from rich.text import Text
 
 from gemma_lora.base.files import GemmaLoraError, require_writable, write_json_atomic, write_jsonl_atomic
 from gemma_lora.base.hardware import keep_freed_memory
-from gemma_lora.base.settings import ANSWERING_FIELDS, FIELDS, Answering, Settings, check
+from gemma_lora.base.settings import ANSWERING_FIELDS, DEFAULTS, SERVER_TIMEOUT, Answering, Settings
+from gemma_lora.commands.export import EXAMPLES as EXPORTS
+from gemma_lora.commands.export import export
+from gemma_lora.commands.models import load, require_model
+from gemma_lora.commands.options import ADAPTER, MODEL, OFFERED, STOP, takes
+from gemma_lora.commands.serve import EXAMPLES as SERVERS
+from gemma_lora.commands.serve import serve
 
 app = typer.Typer(
     add_completion=False,
@@ -27,69 +30,6 @@ app = typer.Typer(
 )
 
 
-# --- options made from settings ----------------------------------------------------------------------------
-
-
-def _option(name: str, answering: bool = False) -> inspect.Parameter:
-    """A command's parameter for a field of `Settings` or `Answering`: type, default, bounds, help are the field's."""
-    fields, of = (ANSWERING_FIELDS, Answering) if answering else (FIELDS, Settings)
-    field = fields[name]
-    hint: Any = str if name == "targets" else get_type_hints(of)[name]  # several names come in one word
-    declared = [_dashed(name)] if field.metadata.get("flag") else []
-    bounds = {bound: field.metadata[bound] for bound in ("min", "max") if bound in field.metadata}
-    option = typer.Option(*declared, help=field.metadata["help"], **bounds)
-    annotation = Annotated[hint, option]
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=annotation)
-
-
-def _dashed(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _takes(*names: str, answering: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Gives a command the options of these settings, which come to it, checked, as `**chosen`.
-
-    They stand after its own positional parameters and before those by keyword only. With `answering` the options of
-    `Answering` follow them.
-    """
-    more = list(ANSWERING_FIELDS) if answering else []
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        own = inspect.signature(command, eval_str=True).parameters.values()
-        first = [p for p in own if p.kind is p.POSITIONAL_OR_KEYWORD]
-        last = [p for p in own if p.kind is p.KEYWORD_ONLY]
-
-        def checked(**given: Any) -> None:
-            try:
-                settings = check(**{name: given.pop(name) for name in names})
-                if answering:
-                    settings |= vars(Answering(**{name: given.pop(name) for name in more}))
-            except ValueError as error:  # which names settings as Python does
-                raise GemmaLoraError(_as_options(str(error))) from None
-            command(**given, **settings)
-
-        options = [_option(name) for name in names] + [_option(name, answering=True) for name in more]
-        parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in first] + options + last
-        checked.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        checked.__annotations__ = {p.name: p.annotation for p in parameters}
-        checked.__name__, checked.__doc__ = command.__name__, command.__doc__
-        return checked
-
-    return decorate
-
-
-def _as_options(text: str) -> str:
-    """A message with `row_length` written as --row-length."""
-    known = FIELDS | ANSWERING_FIELDS
-    return re.sub("`([a-z_]+)`", lambda m: _dashed(m[1]) if m[1] in known else m[0], text)
-
-
-_OFFERED = [name for name, field in FIELDS.items() if field.metadata.get("option", True)]
-_MODEL = ("model", "quantization", "double_quant")
-_STOP = typer.Option(help="End an answer before this text; may be given several times.")
-_ADAPTER = typer.Option(help="Adapter folder (PEFT): adapter_config.json and adapter_model.safetensors.")
-
-
 # --- the commands ------------------------------------------------------------------------------------------
 
 
@@ -97,7 +37,7 @@ _ADAPTER = typer.Option(help="Adapter folder (PEFT): adapter_config.json and ada
     epilog="Example: `gemma-lora finetune --data my.jsonl --run-dir runs/mine`  \n"
     "QLoRA: `gemma-lora finetune --data my.jsonl --run-dir runs/small --quantization nf4 --double-quant --remat`"
 )
-@_takes(*_OFFERED)
+@takes(*OFFERED)
 def finetune(
     *,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew in a folder that holds a run.")] = False,
@@ -115,30 +55,52 @@ def finetune(
 @app.command(
     epilog='Example: `gemma-lora generate --adapter runs/expenses/adapter "12 lug 2024 Café Lumière 769,08 €"`  \n'
     "A file: `gemma-lora generate --file prompts.jsonl --temperature 0.8 --top-p 0.95`  \n"
-    'From a pipe, up to a word: `gemma-lora generate --stop "Q:" - < prompts.txt`'
+    'From a pipe, up to a word: `gemma-lora generate --stop "Q:" - < prompts.txt`  \n'
+    'A server: `gemma-lora generate --server http://127.0.0.1:8000 "12 lug 2024 Café Lumière 769,08 €"`'
 )
-@_takes(*_MODEL, "max_new_tokens", answering=True)
+@takes(*MODEL, "max_new_tokens", answering=True)
 def generate(
     prompts: Annotated[
         list[str] | None, typer.Argument(help="One or more prompts, or - for those of stdin, one a line.")
     ] = None,
-    adapter: Annotated[Path | None, _ADAPTER] = None,
+    adapter: Annotated[Path | None, ADAPTER] = None,
     file: Annotated[
         Path | None,
         typer.Option(help="Prompts: text, one a line; or .jsonl, or a .json array, of prompts or messages."),
     ] = None,
     *,
-    stop: Annotated[list[str] | None, _STOP] = None,
+    stop: Annotated[list[str] | None, STOP] = None,
+    server: Annotated[
+        str | None, typer.Option(help="Ask this OpenAI-compatible server, which has its own model.")
+    ] = None,
+    timeout: Annotated[
+        float, typer.Option(help="With --server: seconds to wait for one answer.", min=0.1)
+    ] = SERVER_TIMEOUT,
     **chosen: Any,
 ) -> None:
     """Answer prompts: greedily, or with a temperature by drawing."""
     asked = _prompts(prompts or [], file)
     _require_stops(stop)
-    _require_model(adapter, chosen)
-    loaded = _load(adapter, chosen)
+    if server is not None:
+        _ask_server(server, timeout, asked, adapter, stop, chosen)
+        return
+    require_model(adapter, chosen)
+    loaded = load(adapter, chosen)
     from gemma_lora.generation.engine import generate as answer
 
     for text in answer(loaded, asked, **_as_asked(chosen), stop=stop or ()):
+        typer.echo(text)
+
+
+def _ask_server(
+    server: str, timeout: float, asked: list, adapter: Path | None, stop: list[str] | None, chosen: dict[str, Any]
+) -> None:
+    from gemma_lora.generation.server import ask
+
+    if adapter is not None or any(chosen[name] != getattr(DEFAULTS, name) for name in MODEL):
+        raise GemmaLoraError("--server answers with its own model. Leave --adapter, --model and --quantization out.")
+    answering = Answering(**{name: chosen[name] for name in ANSWERING_FIELDS})
+    for text in ask(server, asked, chosen["max_new_tokens"], answering, stop or (), timeout):
         typer.echo(text)
 
 
@@ -175,19 +137,19 @@ def _as_asked(chosen: dict[str, Any]) -> dict[str, Any]:
     epilog='Example: `gemma-lora chat --adapter runs/mine/adapter --system "Be brief." --temperature 0.8`  \n'
     "From a pipe, a turn for each line: `gemma-lora chat --adapter runs/mine/adapter < turns.txt`"
 )
-@_takes(*_MODEL, "max_new_tokens", answering=True)
+@takes(*MODEL, "max_new_tokens", answering=True)
 def chat(
-    adapter: Annotated[Path | None, _ADAPTER] = None,
+    adapter: Annotated[Path | None, ADAPTER] = None,
     system: Annotated[str | None, typer.Option(help="Text that the model is given before the first turn.")] = None,
     *,
-    stop: Annotated[list[str] | None, _STOP] = None,
+    stop: Annotated[list[str] | None, STOP] = None,
     **chosen: Any,
 ) -> None:
     """Talk to a model. Type /reset to begin anew, /quit or Ctrl-D to end."""
     _require_stops(stop)
-    _require_model(adapter, chosen)
+    require_model(adapter, chosen)
     interactive = sys.stdin.isatty()
-    loaded = _load(adapter, chosen)
+    loaded = load(adapter, chosen)
     from gemma_lora.generation import terminal
     from gemma_lora.generation.chat import Chat
 
@@ -208,10 +170,10 @@ def chat(
     epilog="Example: `gemma-lora evaluate --adapter runs/expenses/adapter --data data/expenses/test.jsonl "
     "--output scores.json --answers answers.jsonl`"
 )
-@_takes(*_MODEL, "metric", "max_new_tokens", "skip_bad_lines", "mixed_precision")
+@takes(*MODEL, "metric", "max_new_tokens", "skip_bad_lines", "mixed_precision")
 def evaluate(
     data: Annotated[Path, typer.Option(help="A JSONL file whose responses are the right answers.")],
-    adapter: Annotated[Path | None, _ADAPTER] = None,
+    adapter: Annotated[Path | None, ADAPTER] = None,
     output: Annotated[Path | None, typer.Option(help="Where the scores go, as JSON.")] = None,
     answers: Annotated[
         Path | None,
@@ -230,13 +192,13 @@ def evaluate(
     loss is the right answers' mean loss, and generates nothing.
     """
     _require_places(data, output, answers, picture)
-    _require_model(adapter, chosen)
+    require_model(adapter, chosen)
     examples = _read_lines(data, chosen["skip_bad_lines"])
     asked = chosen["metric"]
     chosen["metric"] = metric = _metric(data, examples, asked, picture)
     if asked is None:
         typer.echo(f"Metric: {metric}, which suits the right answers; --metric sets another.", err=True)
-    loaded = _load(adapter, chosen)
+    loaded = load(adapter, chosen)
     found = _score(loaded, str(data), examples, chosen)
     if output is not None:
         write_json_atomic(output, found.to_dict())
@@ -310,18 +272,6 @@ def _require_places(data: Path, output: Path | None, answers: Path | None, pictu
         raise GemmaLoraError(f"{picture}: a picture ends in .png or .svg. Give another --picture.")
 
 
-def _require_model(adapter: Path | None, chosen: dict[str, Any]) -> None:
-    """Raises where model or adapter are not there: before JAX is imported, within a second."""
-    from gemma_lora.gemma.load import require_source
-
-    if adapter is not None and not adapter.is_dir():
-        raise GemmaLoraError(f"{adapter}: no such folder. Give an adapter folder, such as runs/expenses/adapter.")
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if adapter is not None and not (adapter / name).is_file():
-            raise GemmaLoraError(f"{adapter}: holds no {name}. Give a folder that save_adapter or PEFT wrote.")
-    require_source(chosen["model"], chosen["quantization"])
-
-
 def _read_lines(data: Path, skip_bad_lines: bool) -> list:
     """The examples of a file; says on stderr what is to be known about them, and how many bad lines were left out."""
     from gemma_lora.data.formats import BadLines, read_examples
@@ -336,17 +286,6 @@ def _read_lines(data: Path, skip_bad_lines: bool) -> list:
     if not examples:
         raise GemmaLoraError(f"{data}: holds no usable example. Give one JSON object a line.")
     return examples
-
-
-def _load(adapter: Path | None, chosen: dict[str, Any]):
-    """The model with its adapter. From here on JAX is in memory."""
-    from gemma_lora.base.hardware import use_compilation_cache
-    from gemma_lora.exchange.peft import load_adapter
-    from gemma_lora.gemma.load import load_gemma
-
-    use_compilation_cache()
-    loaded = load_gemma(chosen["model"], quantization=chosen["quantization"], double_quant=chosen["double_quant"])
-    return load_adapter(loaded, adapter) if adapter is not None else loaded
 
 
 def _score(loaded, what: str, examples: list, chosen: dict[str, Any]):
@@ -378,7 +317,7 @@ def _judged(examples: list, found: Any) -> list[dict[str, Any]]:
 
 
 @app.command(epilog="Example: `gemma-lora plan --model gemma3_1b --memory 16GB`")
-@_takes("rank", "targets", "dora", "row_length", "dtype")
+@takes("rank", "targets", "dora", "row_length", "dtype")
 def plan(
     model: Annotated[str, typer.Option(help="A model's shape: gemma3_270m, gemma3_1b, gemma2_2b_en, … gpt3_175b.")],
     memory: Annotated[str, typer.Option(help="What there is: 16GB, 7.5GiB. Of a GPU or TPU: its own memory.")],
@@ -453,6 +392,10 @@ def _advice(configuration, fits: dict[str, int], available: int, named: dict) ->
         flags.append(f"--targets {','.join(named['targets'])}")
     flags += ["--dora"] * named["dora"] + ["--quantization nf4 --double-quant"] * packed + ["--remat"] * remat
     return f"{label} fits {size}:\n  gemma-lora finetune {' '.join(flags)}"
+
+
+app.command(epilog=EXPORTS)(export)
+app.command(epilog=SERVERS)(serve)
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from gemma_lora import cli, lora
 from gemma_lora.base import settings as settings_module
 from gemma_lora.base.files import GemmaLoraError
 from gemma_lora.base.settings import FIELDS, Settings
+from gemma_lora.commands import options
 from gemma_lora.data.templates import Template
 from gemma_lora.exchange.peft import save_adapter
 from gemma_lora.generation.evaluation import Scores
@@ -590,11 +591,11 @@ def test_a_new_field_is_a_new_option(monkeypatch):
     class More(Settings):
         beam: int = dataclasses.field(default=3, metadata={"help": "Answers kept.", "min": 1})
 
-    for module in (cli, settings_module):
+    for module in (options, settings_module):
         monkeypatch.setattr(module, "FIELDS", {field.name: field for field in dataclasses.fields(More)})
         monkeypatch.setattr(module, "Settings", More)
     seen = []
-    command = cli._takes("beam")(lambda **chosen: seen.append(chosen))
+    command = options.takes("beam")(lambda **chosen: seen.append(chosen))
     (parameter,) = inspect.signature(command).parameters.values()
     option = parameter.annotation.__metadata__[0]
     assert (parameter.default, parameter.annotation.__origin__, option.help, option.min) == (3, int, "Answers kept.", 1)

@@ -29,6 +29,7 @@ ORDER = [
     "generation",
     "scaling",
     "job",
+    "commands",
     "cli",
 ]
 #: In the order, though nothing is there yet.

@@ -31,6 +31,22 @@ CONTEXT_LENGTH = 8192
 #: The share of tokens that are replay, where lines are shown more than once and nobody says another.
 REPLAY_SHARE = 0.1
 
+#: Types of GGUF files that the `gguf` library writes.
+GGUF_TYPES = ("F16", "F32", "BF16", "Q8_0")
+#: Formats of `export` -> the types that its weights may be stored in, the default first; None: as the model holds them.
+EXPORT_FORMATS: dict[str, tuple[str | None, ...]] = {
+    "huggingface": (None, "F32", "BF16"),
+    "gguf": (
+        *GGUF_TYPES,
+        # llama.cpp's own quantizer makes these; those that need an importance matrix are left out.
+        *("Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_0", "Q4_1", "Q4_K_S", "Q4_K_M"),
+        *("Q5_0", "Q5_1", "Q5_K_S", "Q5_K_M", "Q6_K", "IQ4_NL", "IQ4_XS"),
+    ),
+    "gguf-lora": ("F32", "F16"),
+}
+#: Where `serve` listens, and the seconds that a client waits for an answer.
+SERVER_PORT, SERVER_TIMEOUT = 8000, 120.0
+
 Quantization = Literal["nf4", "int8", "int4", "gguf"]
 Dtype = Literal["float32", "bfloat16"]
 Metric = Literal["exact", "json", "classification", "text", "loss"]
@@ -250,6 +266,34 @@ def target_names(targets: str | Sequence[str]) -> tuple[str, ...]:
             f"Received: targets={targets!r}"
         )
     return tuple(name for name in TARGET_NAMES if name in names)
+
+
+def export_type(format: str, kind: str | None = None) -> str | None:
+    """Checks what `export` is asked for.
+
+    Args:
+        format: One of `EXPORT_FORMATS`.
+        kind: What weights are to be stored in; letters may be small.
+
+    Returns:
+        The type in capital letters, the format's default where none is given.
+
+    Raises:
+        ValueError: If either is not known.
+
+    Example:
+
+    >>> export_type("gguf", "q8_0"), export_type("gguf")
+    ('Q8_0', 'F16')
+    """
+    if format not in EXPORT_FORMATS:
+        raise ValueError(f"`format` must be one of {', '.join(EXPORT_FORMATS)}. Received: format={format!r}")
+    kinds = EXPORT_FORMATS[format]
+    found = kinds[0] if kind is None else str(kind).upper()
+    if found not in kinds:
+        known = ", ".join(one for one in kinds if one)
+        raise ValueError(f"`type` of the format {format} must be one of {known}. Received: type={kind!r}")
+    return found
 
 
 def layer_patterns(patterns: str | Sequence[str], argument: str = "targets") -> tuple[str, ...]:

@@ -19,18 +19,17 @@ from typing import Any
 import numpy as np
 
 from gemma_lora.base.files import GemmaLoraError, atomic_path, cache_dir, sha256_of, write_json_atomic
+from gemma_lora.gemma import gguf_contents
+from gemma_lora.gemma.gguf_tokenizer import tokenizer_proto
 from gemma_lora.layers.linear import matrix_shape
 from gemma_lora.layers.places import PLACES, linear_places
 from gemma_lora.quantization.packed import Int8Rows
 
-_INDEX_VERSION = 3
+_INDEX_VERSION = 4
 _DECODED_AT_ONCE = 1 << 20  # weights
-#: SentencePiece's numbers for kinds of pieces; GGUF uses the same.
-_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
-#: Of a picture's placeholder Google's own file knows nothing: no text may become one.
-_NO_PIECE_OF_GOOGLES = ("<image_soft_token>",)
-#: GGUF's names of the control tokens that Google's file has, and SentencePiece's.
-_ENDS = {"bos": "bos_id", "eos": "eos_id", "padding": "pad_id"}
+_ROWS_AT_ONCE = 8192
+#: Our own field: the text around a prompt, as JSON.
+TEMPLATE_FIELD = "gemma_lora.template"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +131,8 @@ def _parse(path: Path) -> Index:
             for name, field in reader.fields.items()
             if field.types and field.types[0] != gguf.GGUFValueType.ARRAY
         }
+        pattern = reader.fields.get("gemma3.attention.sliding_window_pattern")
+        windows = list(pattern.contents()) if pattern and pattern.types[0] == gguf.GGUFValueType.ARRAY else None
         tensors = {
             t.name: Tensor(
                 t.tensor_type.name, tuple(int(n) for n in reversed(t.shape)), int(t.data_offset), int(t.n_bytes)
@@ -139,27 +140,24 @@ def _parse(path: Path) -> Index:
             for t in reader.tensors
         }
     except (ValueError, IndexError, KeyError, OverflowError, struct.error) as error:
+        if said := gguf_contents.unknown_type(error):
+            raise GemmaLoraError(f"{path}: {said}") from error
         raise GemmaLoraError(
             f"{path}: the GGUF header cannot be read ({size:,} bytes; the file may be cut short: {error}). "
             "Download it again."
         ) from error
-    _check_contents(path, size, fields, tensors)
+    gguf_contents.check_kind(path, fields, tensors)
+    _check_size(path, size, tensors)
+    gguf_contents.check_tensors(path, {name: tensor.kind for name, tensor in tensors.items()})
+    gguf_contents.check_constants(path, fields, windows)
     try:
-        tokenizer = _tokenizer_proto(path, reader)
+        tokenizer = tokenizer_proto(path, reader, _rows(tensors))
     except (KeyError, ValueError, TypeError) as error:
         raise GemmaLoraError(f"{path}: its tokenizer is incomplete ({error}). Convert it again.") from error
     return Index(path, fields, tensors, tokenizer)
 
 
-def _check_contents(path: Path, size: int, fields: dict, tensors: dict[str, Tensor]) -> None:
-    architecture = fields.get("general.architecture")
-    if architecture != "gemma3":
-        raise GemmaLoraError(
-            f"{path}: holds a model of architecture {architecture!r}; only 'gemma3' is read from GGUF. "
-            "Load other Gemmas from a KerasHub preset or hf://."
-        )
-    if fields.get("split.count", 1) > 1:
-        raise GemmaLoraError(f"{path}: is one part of a split model. Merge the parts with llama-gguf-split --merge.")
+def _check_size(path: Path, size: int, tensors: dict[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if tensor.offset + tensor.nbytes > size:
             raise GemmaLoraError(
@@ -168,42 +166,9 @@ def _check_contents(path: Path, size: int, fields: dict, tensors: dict[str, Tens
             )
 
 
-def _tokenizer_proto(path: Path, reader) -> bytes:
-    """Rebuilds Gemma's SentencePiece model from the file's pieces, scores and types.
-
-    In Gemma's own `tokenizer.model` three pieces are control tokens, `<pad>`, `<eos>` and `<bos>`; `<start_of_turn>`,
-    `<mask>`, `<unused0>` and so on are user-defined: one token where a text has the name. llama.cpp's converter calls
-    all of them control tokens, which SentencePiece never finds in a text; here they are what they were.
-    """
-    from sentencepiece import sentencepiece_model_pb2
-
-    model_pb2: Any = sentencepiece_model_pb2  # generated code, which the type checker cannot see into
-
-    columns = [reader.fields.get(f"tokenizer.ggml.{name}") for name in ("tokens", "scores", "token_type")]
-    if any(column is None for column in columns):
-        raise GemmaLoraError(f"{path}: holds no SentencePiece tokenizer (tokens, scores and types). Convert it again.")
-    tokens, scores, kinds = (column.contents() for column in columns)
-    unknown = int(reader.fields["tokenizer.ggml.unknown_token_id"].contents())
-    ends = {field: int(reader.fields[f"tokenizer.ggml.{field}_token_id"].contents()) for field in _ENDS}
-    model = model_pb2.ModelProto()
-    for position, (piece, score, kind) in enumerate(zip(tokens, scores, kinds, strict=True)):
-        entry = model.pieces.add()
-        if kind == _CONTROL and position not in ends.values() and piece not in _NO_PIECE_OF_GOOGLES:
-            kind = _USER_DEFINED
-        # llama.cpp writes the spaces of user-defined pieces (Gemma's runs of spaces) plainly, SentencePiece wants ▁.
-        entry.piece, entry.score = piece.replace(" ", "▁") if kind == _USER_DEFINED else piece, score
-        entry.type = _UNKNOWN if position == unknown else kind
-    model.trainer_spec.model_type = model_pb2.TrainerSpec.BPE
-    model.trainer_spec.vocab_size = len(tokens)
-    model.trainer_spec.byte_fallback = True
-    model.trainer_spec.unk_id = unknown
-    for field, name in _ENDS.items():
-        setattr(model.trainer_spec, name, ends[field])
-    model.normalizer_spec.name = "identity"
-    model.normalizer_spec.add_dummy_prefix = False
-    model.normalizer_spec.remove_extra_whitespaces = False
-    model.normalizer_spec.escape_whitespaces = True
-    return model.SerializeToString()
+def _rows(tensors: dict[str, Tensor]) -> int | None:
+    """The embedding's rows; None if it is missing, which is said when it is read."""
+    return tensors["token_embd.weight"].shape[0] if "token_embd.weight" in tensors else None
 
 
 def _tensor(index: Index, name: str) -> Tensor:
@@ -266,7 +231,7 @@ def backbone_config(index: Index) -> dict[str, Any]:
         "use_post_attention_norm": True,
         "use_sliding_window_attention": True,
         "sliding_window_size": field("attention.sliding_window"),
-        "global_rope_scaling_factor": float(field("rope.scaling.factor", 1.0)),
+        "global_rope_scaling_factor": gguf_contents.global_rope_scaling(index.fields),
         "layer_norm_epsilon": float(field("attention.layer_norm_rms_epsilon", 1e-6)),
         "final_logit_soft_cap": index.fields.get("gemma3.final_logit_softcapping"),
     }
@@ -294,6 +259,26 @@ def linear_tensors(index: Index, backbone) -> Iterator[tuple[Any, str, str]]:
             d_in, d_out = matrix_shape(getattr(parent, attribute))
             _check_matrix(index, tensor, _tensor(index, tensor).shape, (d_out, d_in))
             yield parent, attribute, tensor
+
+
+def check_tied(index: Index) -> None:
+    """Raises if a file has an output matrix of its own; a copy of the embedding is none."""
+    output, table = index.tensors.get("output.weight"), _tensor(index, "token_embd.weight")
+    if output is None:
+        return
+    if output.shape != table.shape:
+        gguf_contents.refuse_untied(index.path)
+    for start in range(0, table.shape[0], _ROWS_AT_ONCE):
+        here = slice(start, start + _ROWS_AT_ONCE)
+        if not np.array_equal(_decoded_rows(index, output, here), _decoded_rows(index, table, here)):
+            gguf_contents.refuse_untied(index.path)
+
+
+def _decoded_rows(index: Index, tensor: Tensor, rows: slice) -> np.ndarray:
+    import gguf
+
+    raw = np.memmap(index.path, dtype=np.uint8, mode="r", offset=tensor.offset, shape=(tensor.nbytes,))
+    return gguf.dequantize(raw.reshape(tensor.shape[0], -1)[rows], gguf.GGMLQuantizationType[tensor.kind])
 
 
 def read_blocks(index: Index, name: str) -> tuple[str, np.ndarray]:

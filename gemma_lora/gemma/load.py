@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import warnings
 from pathlib import Path
@@ -13,6 +14,7 @@ from gemma_lora.base.hardware import keep_freed_memory
 from gemma_lora.base.lazy_tensorflow import left_out, quiet_stderr, stand_ins
 from gemma_lora.base.settings import BUILTIN_NAME as BUILTIN_NAME
 from gemma_lora.base.settings import DEFAULTS, check
+from gemma_lora.data.templates import Template
 from gemma_lora.gemma.instruction import is_instruction_tuned
 
 #: The built-in reference (`BUILTIN_NAME`): Google's gemma-3-270m in GGUF Q4_K_M, in four packages of the package index.
@@ -77,7 +79,7 @@ def load_gemma(
     text = require_source(source, quantization)
     if text == BUILTIN_NAME:
         model = _from_gguf(builtin_gguf(), dtype, quantization, double_quant)
-    elif text.endswith(".gguf"):
+    elif text.lower().endswith(".gguf"):
         model = _from_gguf(Path(text), dtype, quantization, double_quant)
     else:
         model = _from_preset(text, dtype)
@@ -106,7 +108,7 @@ def require_source(source: str | os.PathLike, quantization: str | None = None) -
     path, here = Path(text), "://" not in text
     if text == BUILTIN_NAME:
         return text
-    if text.endswith(".gguf"):
+    if text.lower().endswith(".gguf"):
         if not path.is_file():
             raise GemmaLoraError(f"{text}: no such file. Give the path of a GGUF file of Gemma 3.")
         return text
@@ -169,6 +171,7 @@ def _from_gguf(path: Path, dtype: str, quantization: str | None, double_quant: b
     from gemma_lora.gemma.unfilled import unfilled_variables
 
     index = gguf.read_index(path)
+    gguf.check_tied(index)
     config = gguf.backbone_config(index)
     hub = import_keras_hub()
     with unfilled_variables():
@@ -193,7 +196,18 @@ def _from_gguf(path: Path, dtype: str, quantization: str | None, double_quant: b
     preprocessor = hub.models.Gemma3CausalLMPreprocessor(tokenizer, sequence_length=512)
     model = hub.models.Gemma3CausalLM(preprocessor=preprocessor, backbone=backbone)
     model.gemma_lora_instruction_tuned = is_instruction_tuned(path, index.fields)
+    if (template := index.fields.get(gguf.TEMPLATE_FIELD)) is not None:  # a file that `export` wrote
+        model.gemma_lora_template = _template(path, template)
     return model
+
+
+def _template(path: Path, text: str) -> Template:
+    try:
+        return Template.from_dict(json.loads(text))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise GemmaLoraError(
+            f"{path}: its field gemma_lora.template holds no template ({error}). Export it again."
+        ) from error
 
 
 def _pack_from_gguf(index, backbone, quantization: str, double_quant: bool) -> None:

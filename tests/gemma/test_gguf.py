@@ -75,14 +75,30 @@ FIELDS = {
 }
 
 
-def write_gguf(path: Path, seed: int = 0, architecture="gemma3", fields=FIELDS, drop=(), tokenizer=True, split=1):
-    """Writes a tiny Gemma 3 as llama.cpp's converter would; returns the weights as stored, in float32."""
+def write_gguf(
+    path: Path,
+    seed: int = 0,
+    architecture="gemma3",
+    fields=FIELDS,
+    drop=(),
+    tokenizer=True,
+    split=1,
+    more=None,
+    rows=None,
+):
+    """Writes a tiny Gemma 3 as llama.cpp's converter would; returns the weights as stored, in float32.
+
+    `more(writer)` adds what it likes; `rows` is the embedding's height where it is not that of the tokenizer.
+    """
     pieces = sentencepiece.SentencePieceProcessor(model_proto=MODEL)
     size = pieces.get_piece_size()
     writer = gguf_library.GGUFWriter(path, architecture)
     for name, value in fields.items():
         writer.add_uint32(f"gemma3.{name}", value)
     writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(1_000_000.0)
+    if more:
+        more(writer)
     if split > 1:
         writer.add_uint16("split.count", split)
     if tokenizer:
@@ -95,7 +111,7 @@ def write_gguf(path: Path, seed: int = 0, architecture="gemma3", fields=FIELDS, 
         for name, number in {"bos": 2, "eos": 1, "unknown": 3, "padding": 0}.items():
             writer.add_uint32(f"tokenizer.ggml.{name}_token_id", number)
     stored = {}
-    for name, array in arrays(size, seed).items():
+    for name, array in arrays(rows or size, seed).items():
         if name in drop:
             continue
         kind = KINDS.get(name.removesuffix(".weight").split(".")[-1])
@@ -123,6 +139,7 @@ def kind_of(pieces, i: int) -> int:
     return gguf_library.TokenType.USER_DEFINED if named else gguf_library.TokenType.NORMAL
 
 
+kind_of_piece = kind_of
 MODEL = sentencepiece_model()
 
 
@@ -278,6 +295,45 @@ def test_the_27bs_attention_scale_is_folded_into_the_query_norm(file):
     np.testing.assert_allclose(folded / np.sqrt(HEAD), plain / np.sqrt(96 / HEADS), rtol=1e-5)
 
 
+def test_capital_letters_in_the_ending(file):
+    file.rename(file.with_name("TINY.GGUF"))
+    assert load_gemma(file.with_name("TINY.GGUF")).backbone.hidden_dim == HIDDEN
+
+
+@pytest.mark.parametrize(
+    ("fields", "factor"),
+    [
+        ({"rope.scaling.factor": 8.0}, 8.0),
+        ({"rope.scaling.factor": 8.0, "rope.scaling.type": "linear"}, 8.0),
+        ({"rope.scaling.factor": 8.0, "rope.scaling.type": "none"}, 1.0),
+        ({"rope.scale_linear": 4.0}, 4.0),
+        ({"rope.scaling.factor": 0.0}, 1.0),
+    ],
+)
+def test_linear_scaling_is_used_as_llama_cpp_does(file, fields, factor):
+    def more(writer):
+        for name, value in fields.items():
+            (writer.add_string if isinstance(value, str) else writer.add_float32)(f"gemma3.{name}", value)
+
+    rewrite(file, more=more)
+    assert gguf.backbone_config(gguf.read_index(file))["global_rope_scaling_factor"] == factor
+
+
+def test_an_output_that_is_the_embedding_again_is_used(file):
+    raw = gguf_library.quantize(arrays(340)["token_embd.weight"], Q8_0)
+    rewrite(file, more=lambda writer: writer.add_tensor("output.weight", raw, raw_dtype=Q8_0))
+    assert load_gemma(file).backbone.hidden_dim == HIDDEN
+
+
+def test_a_token_without_a_row_is_left_out_if_it_is_no_text(file, monkeypatch):
+    """Gemma 3's tokenizer has a token for pictures, the text models' embedding no row for it."""
+    monkeypatch.setattr("tests.gemma.test_gguf.kind_of", lambda pieces, i: 3 if i == 339 else kind_of_piece(pieces, i))
+    rewrite(file, rows=339)
+    index = gguf.read_index(file)
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=index.tokenizer)
+    assert pieces.get_piece_size() == gguf.backbone_config(index)["vocabulary_size"] == 339
+
+
 # --- malformed files ---------------------------------------------------------------------------------------
 
 
@@ -323,6 +379,89 @@ SPOILERS = {
     "no norm": (lambda p: rewrite(p, drop=("output_norm.weight",)), "output_norm.weight.*missing.*Convert"),
     "no matrix": (lambda p: rewrite(p, drop=("blk.1.ffn_up.weight",)), "blk.1.ffn_up.weight.*missing.*Convert"),
     "no embedding": (lambda p: rewrite(p, drop=("token_embd.weight",)), "token_embd.weight.*missing.*Convert"),
+}
+
+
+def constant(name, value, add="add_float32"):
+    """A file with one more field of `gemma3.`, or another value of it."""
+
+    def more(writer):
+        for shard in writer.kv_data:
+            shard.pop(f"gemma3.{name}", None)
+        if value is not None:
+            getattr(writer, add)(f"gemma3.{name}", value)
+
+    return lambda path: rewrite(path, more=more)
+
+
+def tensor(name, shape=(4, 32)):
+    """A file with one more tensor."""
+    array = np.random.default_rng(5).normal(size=shape).astype("float32")
+    return lambda path: rewrite(path, more=lambda writer: writer.add_tensor(name, array))
+
+
+def only(*fields):
+    """A file that holds these text fields, a number and a tensor, and neither model nor tokenizer."""
+
+    def spoil(path):
+        path.unlink()
+        writer = gguf_library.GGUFWriter(path, "gemma3")
+        for shard in writer.kv_data:
+            shard.clear()
+        for name, value in fields:
+            (writer.add_string if isinstance(value, str) else writer.add_uint16)(name, value)
+        name = "blk.0.attn_q.weight.lora_a" if ("general.type", "adapter") in fields else "blk.1.ffn_up.weight"
+        writer.add_tensor(name, np.zeros((4, 32), "float32"))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+    return spoil
+
+
+def of_type(number):
+    """A file whose first tensor in Q8_0 says that it is of another of ggml's types."""
+
+    def spoil(path):
+        data, name = bytearray(path.read_bytes()), b"token_embd.weight"
+        at = data.index(name, data.index(b"tokenizer.ggml.padding_token_id")) + len(name) + 4 + 2 * 8
+        assert data[at] == Q8_0
+        data[at : at + 4] = number.to_bytes(4, "little")
+        path.write_bytes(data)
+
+    return spoil
+
+
+LATER_PART = (("split.no", 1), ("split.count", 3))
+SPOILERS |= {
+    "an output of its own": (
+        tensor("output.weight", (340, HIDDEN)),
+        "output.weight is another matrix.*lm_head is tied",
+    ),
+    "a narrow output": (tensor("output.weight", (340, 32)), "output.weight is another matrix.*lm_head is tied"),
+    "a bias": (tensor("blk.0.attn_q.bias", (64,)), "blk.0.attn_q.bias.*does not have.*Convert the original"),
+    "another wavelength": (constant("rope.freq_base", 5e5), "rope.freq_base is 500000.0.*1000000.*llama.cpp"),
+    "no wavelength": (constant("rope.freq_base", None), "rope.freq_base is absent.*1000000.*llama.cpp"),
+    "another local one": (constant("rope.freq_base_swa", 2e4), "rope.freq_base_swa is 20000.0.*10000.*llama.cpp"),
+    "yarn": (constant("rope.scaling.type", "yarn", "add_string"), "rope.scaling.type is yarn.*llama.cpp"),
+    "half rotated": (constant("rope.dimension_count", 8, "add_uint32"), "rope.dimension_count is 8.*16, the heads'"),
+    "other values": (constant("attention.value_length", 8, "add_uint32"), "value_length is 8.*16, the heads'"),
+    "other windows": (constant("attention.sliding_window_pattern", 2, "add_uint32"), "pattern is 2.*five of six"),
+    "named windows": (
+        constant("attention.sliding_window_pattern", [True, False], "add_array"),
+        "sliding_window_pattern names other blocks.*llama.cpp",
+    ),
+    "an adapter": (
+        only(("general.architecture", "gemma3"), ("general.type", "adapter")),
+        "is a LoRA adapter.*Load the base model.*PEFT folder",
+    ),
+    "an imatrix": (only(("general.type", "imatrix")), "an importance matrix.*Give the model's own file"),
+    "a picture encoder": (only(("general.architecture", "clip")), "picture encoder.*Give the text model's own file"),
+    "a later part": (only(*LATER_PART), "number 2 of 3.*llama-gguf-split --merge, giving it the first"),
+    "a type of tomorrow": (of_type(99), "ggml's type 99.*pip install -U gguf.*llama-quantize"),
+    "a type without decoder": (of_type(24), "token_embd.weight is of type I8.*pip install -U gguf.*llama-quantize"),
+    "fewer rows than text": (lambda p: rewrite(p, rows=300), "340 tokens, and an embedding of 300 rows.*Convert"),
 }
 
 

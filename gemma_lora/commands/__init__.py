@@ -1,0 +1,1 @@
+"""What the commands of `gemma-lora` share, and those that take a model elsewhere."""
