@@ -14,6 +14,7 @@ from gemma_lora.base.lazy_tensorflow import left_out, quiet_stderr, stand_ins
 from gemma_lora.base.settings import BUILTIN_NAME as BUILTIN_NAME
 from gemma_lora.base.settings import DEFAULTS, check
 from gemma_lora.gemma.instruction import is_instruction_tuned
+from gemma_lora.gemma.origin import record_origin
 
 #: The built-in reference (`BUILTIN_NAME`): Google's gemma-3-270m in GGUF Q4_K_M, in four packages of the package index.
 BUILTIN_FILE = "gemma-3-270m-q4_k_m.gguf"
@@ -58,7 +59,8 @@ def load_gemma(
 
     Returns:
         A KerasHub `CausalLM` with `model.preprocessor` set, `model.gemma_lora_source`, and
-        `model.gemma_lora_instruction_tuned`, which decides the default template. All weights are on the first device.
+        `model.gemma_lora_instruction_tuned`, which decides the default template. `gemma.origin_of(model)` says which
+        base an adapter of it will name. All weights are on the first device.
 
     Raises:
         ValueError: If `dtype`, `quantization` or `double_quant` is not what it may be.
@@ -76,12 +78,13 @@ def load_gemma(
     check(dtype=dtype, quantization=quantization, double_quant=double_quant)
     text = require_source(source, quantization)
     if text == BUILTIN_NAME:
-        model = _from_gguf(builtin_gguf(), dtype, quantization, double_quant)
+        model = _from_gguf(text, builtin_gguf(), dtype, quantization, double_quant)
     elif text.endswith(".gguf"):
-        model = _from_gguf(Path(text), dtype, quantization, double_quant)
+        model = _from_gguf(text, Path(text), dtype, quantization, double_quant)
     else:
         model = _from_preset(text, dtype)
         model.gemma_lora_instruction_tuned = is_instruction_tuned(text)
+        record_origin(model, text)
         if quantization is not None:
             from gemma_lora.lora.qlora import quantize_base
 
@@ -163,7 +166,7 @@ def _package_part(package: str) -> Path:
     raise GemmaLoraError(f"The package {package} holds no part of {BUILTIN_FILE}. {remedy}")
 
 
-def _from_gguf(path: Path, dtype: str, quantization: str | None, double_quant: bool):
+def _from_gguf(source: str, path: Path, dtype: str, quantization: str | None, double_quant: bool):
     """Builds a `Gemma3CausalLM` and fills it tensor by tensor."""
     from gemma_lora.gemma import gguf
     from gemma_lora.gemma.unfilled import unfilled_variables
@@ -193,6 +196,7 @@ def _from_gguf(path: Path, dtype: str, quantization: str | None, double_quant: b
     preprocessor = hub.models.Gemma3CausalLMPreprocessor(tokenizer, sequence_length=512)
     model = hub.models.Gemma3CausalLM(preprocessor=preprocessor, backbone=backbone)
     model.gemma_lora_instruction_tuned = is_instruction_tuned(path, index.fields)
+    record_origin(model, source, path, index.fields)
     return model
 
 

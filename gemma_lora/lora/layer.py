@@ -14,6 +14,7 @@ of them.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 
@@ -62,6 +63,7 @@ class LoRALayer(keras.layers.Layer):
         self.dora = bool(dora)
         self.dropout_rate = float(dropout)
         self.seed = seed
+        self.trained_on: Any = None  # the base that an adapter's folder named, while it is the one it was trained on
         self._undo: dora_numbers.Undo | None = None  # while merged with DoRA
         self.dropout = keras.layers.Dropout(dropout, seed=seed) if dropout else None
         for variable in base.variables:
