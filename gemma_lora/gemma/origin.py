@@ -111,6 +111,11 @@ def record_origin(model: Any, source: str, gguf: Path | None = None, fields: Map
     model.gemma_lora_origin = _Recorded(hub_name(source, fields), gguf, identity, kind)
 
 
+def is_known(model: Any) -> bool:
+    """Whether it is recorded where a model's weights come from."""
+    return getattr(model, "gemma_lora_origin", None) is not None
+
+
 def origin_of(model: Any) -> Origin:
     """Where a model's weights come from, as far as it is known; of a model that was not made by `load_gemma`, nothing.
 
