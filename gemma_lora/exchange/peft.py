@@ -8,12 +8,9 @@ exactly than PEFT's configuration can, and `README.md` is a card for people and 
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,39 +32,14 @@ from gemma_lora.exchange.peft_folder import (
 from gemma_lora.exchange.peft_names import MAGNITUDE, elsewhere
 from gemma_lora.gemma.origin import Origin, origin_of
 from gemma_lora.layers import linear
-from gemma_lora.layers.places import PLACES, linear_places
+from gemma_lora.layers.places import Slot as Slot
+from gemma_lora.layers.places import slots as slots
 from gemma_lora.layers.surgery import forget_programs, replace
-from gemma_lora.lora.apply import detach_lora, linear_layers, lora_layers
+from gemma_lora.lora.apply import as_it_was_on_error, detach_lora, lora_layers, without_lora
 from gemma_lora.lora.dora import column_squares
 from gemma_lora.lora.layer import LoRADense, LoRAEinsumDense, LoRALayer
-
-
-@dataclasses.dataclass(frozen=True)
-class Slot:
-    """One place of a Gemma where an adapter can sit."""
-
-    target: str
-    module: str  # transformers' name, "model.layers.0.self_attn.q_proj"
-    parent: keras.layers.Layer
-    attribute: str
-
-    @property
-    def layer(self) -> keras.layers.Layer:
-        return getattr(self.parent, self.attribute)
-
-
-def slots(model: keras.Model) -> Iterator[Slot]:
-    """Yields every linear layer of a KerasHub Gemma's blocks with its name in transformers."""
-    backbone = getattr(model, "backbone", model)
-    if not hasattr(backbone, "transformer_layers"):
-        raise ValueError(
-            "`model` must be a KerasHub Gemma model or backbone: PEFT's format names a Gemma's modules. Save and load "
-            "the weights of another model with its own `save_weights` and `load_weights`, LoRA included. "
-            f"Received: {type(model).__name__}"
-        )
-    for number, block in enumerate(backbone.transformer_layers):
-        for target, parent, attribute in linear_places(block):
-            yield Slot(target, f"model.layers.{number}.{PLACES[target].transformers}", parent, attribute)
+from gemma_lora.lora.named import add_adapter, has_names
+from gemma_lora.lora.room import Adapter, LayerNumbers
 
 
 def save_adapter(
@@ -79,7 +51,8 @@ def save_adapter(
     """Writes a model's LoRA weights as a PEFT adapter folder.
 
     Args:
-        model: A KerasHub Gemma with LoRA, merged or not.
+        model: A KerasHub Gemma with LoRA, merged or not. Of several adapters the one in use is written; of a weighted
+            sum of some, that sum.
         folder: Where `adapter_config.json`, `adapter_model.safetensors`, `base.json`, `README.md` and, with a
             template, `template.json` go. Each file is whole or absent. A `README.md` of somebody else's is left alone.
         template: A `Template`; defaults to the one the model was fine-tuned or loaded with, if any.
@@ -95,9 +68,14 @@ def save_adapter(
     """
     from safetensors.numpy import save_file
 
-    adapted = [slot for slot in slots(model) if isinstance(slot.layer, LoRALayer)]
-    if not adapted:
+    with_lora = [slot for slot in slots(model) if isinstance(slot.layer, LoRALayer)]
+    if not with_lora:
         raise GemmaLoraError("The model has no LoRA layers to save. Call `apply_lora` first.")
+    adapted = [slot for slot in with_lora if slot.layer.used_rank]
+    if not adapted:
+        raise GemmaLoraError("No adapter is in use. Call `use_adapter(model, name)` with the one to save.")
+    if others := [slot.module for slot in slots(model) if getattr(without_lora(slot.layer), "lora_enabled", False)]:
+        raise GemmaLoraError(f"{others[0]} has Keras's own LoRA, which PEFT's format cannot hold. Nothing was written.")
     config, tensors = _config(adapted), _tensors(adapted)
     base = Origin(base_model) if base_model is not None else _base_of(model, adapted)
     folder = Path(folder)
@@ -124,8 +102,12 @@ def _tensors(adapted: list[Slot]) -> dict[str, np.ndarray]:
     tensors = {}
     for slot in adapted:
         name, layer = f"base_model.model.{slot.module}", slot.layer
-        tensors[f"{name}.lora_A.weight"] = np.ascontiguousarray(np.asarray(layer.lora_a, np.float32).T)
-        tensors[f"{name}.lora_B.weight"] = np.ascontiguousarray(np.asarray(layer.lora_b, np.float32).T)
+        tensors[f"{name}.lora_A.weight"] = np.ascontiguousarray(
+            np.asarray(layer.lora_a, np.float32).T[: layer.used_rank]
+        )
+        tensors[f"{name}.lora_B.weight"] = np.ascontiguousarray(
+            np.asarray(layer.lora_b, np.float32).T[:, : layer.used_rank]
+        )
         if layer.dora:
             tensors[f"{name}.{MAGNITUDE}"] = np.asarray(layer.magnitude, np.float32)
     for name, tensor in tensors.items():
@@ -143,9 +125,11 @@ def _config(adapted: list[Slot]) -> dict[str, Any]:
     if len({layer.dora for layer in layers.values()}) > 1:
         raise GemmaLoraError("Some of the model's layers have DoRA and others LoRA; PEFT's format holds one kind.")
     rslora = all(layer.rslora for layer in layers.values())
-    ranks = {name: layer.rank for name, layer in layers.items()}
+    ranks = {name: layer.used_rank for name, layer in layers.items()}
     # Where the kinds of scaling are mixed, plain LoRA's alpha that gives the same factor is written.
-    alphas = {n: layer.alpha if rslora == layer.rslora else layer.scaling * layer.rank for n, layer in layers.items()}
+    alphas = {
+        n: layer.alpha if rslora == layer.rslora else layer.scaling * layer.used_rank for n, layer in layers.items()
+    }
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     layer = adapted[0].layer
     return {
@@ -176,12 +160,14 @@ def _targets(modules: list[str]) -> dict[str, Any]:
     return {"layers_to_transform": None, "target_modules": sorted(modules)}
 
 
-def load_adapter(model: keras.Model, folder: str | os.PathLike) -> keras.Model:
+def load_adapter(model: keras.Model, folder: str | os.PathLike, name: str | None = None) -> keras.Model:
     """Gives a model the LoRA layers of a PEFT adapter folder, in place of any it has, of either kind.
 
     Args:
         model: A KerasHub Gemma.
         folder: A folder written by `save_adapter` or by PEFT (LoRA or DoRA, safetensors).
+        name: Text by which `use_adapter` finds it again. The model then keeps the adapters that have names, and this
+            one is in use.
 
     Returns:
         The same model; `model.gemma_lora_template` is the folder's template, or None.
@@ -192,7 +178,14 @@ def load_adapter(model: keras.Model, folder: str | os.PathLike) -> keras.Model:
     Raises:
         GemmaLoraError: If a file is missing or damaged, a value in it is not what PEFT writes, the adapter is of a kind
             that is not read, a tensor fits no layer of this model, or the adapter changes nothing (every B is zero, and
-            with DoRA every magnitude is the norm of its column). The model is then as it was, with the LoRA it had.
+            with DoRA every magnitude is the norm of its column), or the model has adapters with names and this gets
+            none, or the other way round. The model is then as it was, with the LoRA it had.
+
+    Example:
+
+    >>> load_adapter(model, "runs/finance/adapter", name="finance")                         # doctest: +SKIP
+    >>> load_adapter(model, "runs/sales/adapter", name="sales")                             # doctest: +SKIP
+    >>> use_adapter(model, "finance")                                                       # doctest: +SKIP
     """
     folder = Path(folder)
     places = {slot.module: slot for slot in slots(model)}
@@ -200,8 +193,13 @@ def load_adapter(model: keras.Model, folder: str | os.PathLike) -> keras.Model:
     if any(getattr(layer, "merged", False) for layer in lora_layers(model)):
         raise GemmaLoraError("The model holds a merged adapter. Call `unmerge_lora(model)` before another is loaded.")
     _check_fit(folder, read.modules, places)
+    if name is None and has_names(model):
+        raise GemmaLoraError("The model's adapters have names. Give this one a `name`, or call `detach_lora(model)`.")
     _warn_of_another_base(folder, read.base, model)
-    with _as_it_was_on_error(model):
+    if name is not None:
+        add_adapter(model, name, _as_adapter(read))
+        return model
+    with as_it_was_on_error(model):
         detach_lora(model)
         for variable in model.variables:
             variable.trainable = False
@@ -227,35 +225,23 @@ def _new_layer(base: keras.layers.Layer, numbers: ModuleAdapter, read: AdapterFo
     return layer
 
 
+def _as_adapter(read: AdapterFolder) -> Adapter:
+    """The folder's adapter as the model keeps it beside others."""
+    settings = read.settings
+    layers = {
+        module: LayerNumbers(numbers.lora_a.T, numbers.lora_b.T, numbers.alpha, numbers.magnitude)
+        for module, numbers in read.modules.items()
+    }
+    base = read.base if read.base.name else None
+    return Adapter(layers, settings.rslora, settings.dora, settings.dropout, read.template, base)
+
+
 def _warn_of_another_base(folder: Path, base: Origin, model: keras.Model) -> None:
     if (difference := base.differs_from(origin_of(model))) is not None:
         warnings.warn(
             f"{folder}: the adapter was trained on another base than this model: {difference}. It may do worse here.",
             stacklevel=3,
         )
-
-
-@contextlib.contextmanager
-def _as_it_was_on_error(model: keras.Model) -> Iterator[None]:
-    """Puts layers, activations and trainable flags back if the block inside ends with an error.
-
-    What a folder says is checked before. This is for the rest: memory that runs out, Ctrl-C half-way.
-    """
-    held = list(linear_layers(model))
-    bases = [_without_lora(layer) for _, _, layer in held]
-    activations = [base.activation for base in bases]
-    trainable = [(variable, variable.trainable) for variable in model.variables]
-    try:
-        yield
-    except BaseException:
-        for parent, attribute, layer in held:
-            if getattr(parent, attribute) is not layer:
-                replace(parent, attribute, layer)
-        for base, activation in zip(bases, activations, strict=True):
-            base.activation = activation
-        for variable, flag in trainable:
-            variable.trainable = flag
-        raise
 
 
 def _check_fit(folder: Path, modules: dict[str, ModuleAdapter], places: dict[str, Slot]) -> None:
@@ -268,7 +254,7 @@ def _check_fit(folder: Path, modules: dict[str, ModuleAdapter], places: dict[str
         raise GemmaLoraError(f"{folder}: {what} match no layer of this model. The adapter is for another model.")
     for module, numbers in modules.items():
         a, b, magnitude = numbers.lora_a, numbers.lora_b, numbers.magnitude
-        d_in, d_out = linear.matrix_shape(_without_lora(places[module].layer))
+        d_in, d_out = linear.matrix_shape(without_lora(places[module].layer))
         if a.shape[1:] != (d_in,) or b.shape != (d_out, a.shape[0]):
             raise GemmaLoraError(
                 f"{folder}: {module} has A {a.shape} and B {b.shape}; this model needs A (rank, {d_in}) and "
@@ -285,16 +271,11 @@ def _check_fit(folder: Path, modules: dict[str, ModuleAdapter], places: dict[str
         )
 
 
-def _without_lora(layer: keras.layers.Layer) -> keras.layers.Layer:
-    """A linear layer itself, where LoRA may stand around it."""
-    return layer.base if isinstance(layer, LoRALayer) else layer
-
-
 def _changes(numbers: ModuleAdapter, slot: Slot) -> bool:
     """Whether a module's adapter changes what the layer gives."""
     if numbers.alpha and np.any(numbers.lora_a) and np.any(numbers.lora_b):
         return True
     if numbers.magnitude is None:
         return False
-    norms = np.sqrt(column_squares(linear.kernel_matrix(_without_lora(slot.layer))))
+    norms = np.sqrt(column_squares(linear.kernel_matrix(without_lora(slot.layer))))
     return not np.allclose(numbers.magnitude, norms, rtol=1e-4)

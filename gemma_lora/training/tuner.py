@@ -212,7 +212,10 @@ class FineTuner(SteppedModel):
 
     def _check_model(self) -> None:
         if not self.causal_lm.trainable_variables:
-            raise GemmaLoraError("Nothing in the model is trainable. Call `apply_lora` or `apply_adapters` first.")
+            raise GemmaLoraError(
+                "Nothing in the model is trainable. Call `apply_lora` or `apply_adapters` first; of several adapters "
+                "use a single one."
+            )
         if self.settings["remat"] and any(layer.dropout_rate for layer in lora_layers(self.causal_lm)):
             raise ValueError("`remat` computes a block twice, and dropout would differ. Use one of the two.")
 
