@@ -39,6 +39,10 @@ if TYPE_CHECKING:
     from gemma_lora.lora.houlsby import apply_adapters as apply_adapters
     from gemma_lora.lora.layer import LoRADense as LoRADense
     from gemma_lora.lora.layer import LoRAEinsumDense as LoRAEinsumDense
+    from gemma_lora.lora.named import adapter_names as adapter_names
+    from gemma_lora.lora.named import adapters_in_use as adapters_in_use
+    from gemma_lora.lora.named import remove_adapter as remove_adapter
+    from gemma_lora.lora.named import use_adapter as use_adapter
     from gemma_lora.lora.qlora import dequantize_base as dequantize_base
     from gemma_lora.lora.qlora import quantize_base as quantize_base
     from gemma_lora.training.tuner import FineTuner as FineTuner
@@ -66,6 +70,7 @@ _MODULES = {
     "lora.houlsby": ["apply_adapters"],
     "lora.apply": ["apply_lora", "detach_lora", "merge_lora", "unmerge_lora"],
     "lora.layer": ["LoRADense", "LoRAEinsumDense"],
+    "lora.named": ["adapter_names", "adapters_in_use", "remove_adapter", "use_adapter"],
     "lora.qlora": ["dequantize_base", "quantize_base"],
     "training.tuner": ["FineTuner"],
 }

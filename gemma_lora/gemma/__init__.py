@@ -20,6 +20,7 @@ _MODULES: dict[str, list[str]] = {
         "builtin_gguf",
     ],
     "memory": ["CONFIGURATIONS", "Configuration", "configuration_of", "plan"],
+    "origin": ["Origin", "origin_of"],
     "weights": ["Weights", "collect"],
 }
 __getattr__, __dir__, __all__ = lazy_names(__name__, _MODULES)

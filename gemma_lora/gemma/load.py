@@ -16,6 +16,7 @@ from gemma_lora.base.settings import BUILTIN_NAME as BUILTIN_NAME
 from gemma_lora.base.settings import DEFAULTS, check
 from gemma_lora.data.templates import Template
 from gemma_lora.gemma.instruction import is_instruction_tuned
+from gemma_lora.gemma.origin import record_origin
 
 #: The built-in reference (`BUILTIN_NAME`): Google's gemma-3-270m in GGUF Q4_K_M, in four packages of the package index.
 BUILTIN_FILE = "gemma-3-270m-q4_k_m.gguf"
@@ -60,7 +61,8 @@ def load_gemma(
 
     Returns:
         A KerasHub `CausalLM` with `model.preprocessor` set, `model.gemma_lora_source`, and
-        `model.gemma_lora_instruction_tuned`, which decides the default template. All weights are on the first device.
+        `model.gemma_lora_instruction_tuned`, which decides the default template. `gemma.origin_of(model)` says which
+        base an adapter of it will name. All weights are on the first device.
 
     Raises:
         ValueError: If `dtype`, `quantization` or `double_quant` is not what it may be.
@@ -78,12 +80,13 @@ def load_gemma(
     check(dtype=dtype, quantization=quantization, double_quant=double_quant)
     text = require_source(source, quantization)
     if text == BUILTIN_NAME:
-        model = _from_gguf(builtin_gguf(), dtype, quantization, double_quant)
+        model = _from_gguf(text, builtin_gguf(), dtype, quantization, double_quant)
     elif text.lower().endswith(".gguf"):
-        model = _from_gguf(Path(text), dtype, quantization, double_quant)
+        model = _from_gguf(text, Path(text), dtype, quantization, double_quant)
     else:
         model = _from_preset(text, dtype)
         model.gemma_lora_instruction_tuned = is_instruction_tuned(text)
+        record_origin(model, text)
         if quantization is not None:
             from gemma_lora.lora.qlora import quantize_base
 
@@ -165,7 +168,7 @@ def _package_part(package: str) -> Path:
     raise GemmaLoraError(f"The package {package} holds no part of {BUILTIN_FILE}. {remedy}")
 
 
-def _from_gguf(path: Path, dtype: str, quantization: str | None, double_quant: bool):
+def _from_gguf(source: str, path: Path, dtype: str, quantization: str | None, double_quant: bool):
     """Builds a `Gemma3CausalLM` and fills it tensor by tensor."""
     from gemma_lora.gemma import gguf
     from gemma_lora.gemma.unfilled import unfilled_variables
@@ -198,6 +201,7 @@ def _from_gguf(path: Path, dtype: str, quantization: str | None, double_quant: b
     model.gemma_lora_instruction_tuned = is_instruction_tuned(path, index.fields)
     if (template := index.fields.get(gguf.TEMPLATE_FIELD)) is not None:  # a file that `export` wrote
         model.gemma_lora_template = _template(path, template)
+    record_origin(model, source, path, index.fields)
     return model
 
 

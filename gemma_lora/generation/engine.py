@@ -14,6 +14,7 @@ from typing import Any, Literal, overload
 import jax.numpy as jnp
 import numpy as np
 
+from gemma_lora.base.files import GemmaLoraError
 from gemma_lora.base.keras_on_jax import keras
 from gemma_lora.base.settings import DEFAULTS, MOST_NEW_TOKENS, Answering
 from gemma_lora.data.encoding import encode_prompt
@@ -22,6 +23,7 @@ from gemma_lora.data.templates import Template, template_of
 from gemma_lora.generation.decoding import PIECE, STEPS, Engine, Rows
 from gemma_lora.generation.sampling import sampling_of
 from gemma_lora.generation.stops import Stops, streamed
+from gemma_lora.lora.named import adapter_names, adapter_used
 
 _MIN_PREFIX = 32  # a shared beginning shorter than this is not worth its own pass
 _STEPS_ALONE = 4  # new tokens of a single prompt made at a time: few, so that a reader need not wait
@@ -45,6 +47,7 @@ def generate(
     top_p: float | None = GREEDY.top_p,
     seed: int = GREEDY.seed,
     stop: str | Sequence[str] = (),
+    adapters: Sequence[str | None] | None = None,
     stream: Literal[False] = False,
 ) -> list[str]:
     """All answers, in a list."""
@@ -65,6 +68,7 @@ def generate(
     top_p: float | None = GREEDY.top_p,
     seed: int = GREEDY.seed,
     stop: str | Sequence[str] = (),
+    adapters: Sequence[str | None] | None = None,
     stream: Literal[True],
 ) -> Iterator[str]:
     """One answer, as it is made."""
@@ -84,6 +88,7 @@ def generate(
     top_p: float | None = GREEDY.top_p,
     seed: int = GREEDY.seed,
     stop: str | Sequence[str] = (),
+    adapters: Sequence[str | None] | None = None,
     stream: bool = False,
 ) -> list[str] | Iterator[str]:
     """Answers prompts: greedily, or by drawing tokens.
@@ -106,6 +111,9 @@ def generate(
             `top_k`, of the probability that is left.
         seed: Integer; the same seed draws the same answer to the n-th prompt, whatever batch it is in.
         stop: Text or several: an answer ends before the first of them. So it does at the template's `stop`.
+        adapters: For each prompt the name of the adapter that answers it, or None for the base model alone; see
+            `use_adapter`. Prompts of one adapter are answered together, one adapter after the other, each with its own
+            template: every prompt gets what it gets alone. By default what is in use answers all.
         stream: Boolean; gives the answer to one prompt in pieces, as it is made.
 
     Returns:
@@ -114,6 +122,7 @@ def generate(
 
     Raises:
         ValueError: If an argument is not as above, or `stream` is asked for with several prompts.
+        GemmaLoraError: If `adapters` names one that the model does not have.
 
     Example:
 
@@ -129,18 +138,56 @@ def generate(
             f"Received: max_new_tokens={max_new_tokens}, batch_size={batch_size}"
         )
     answering = Answering(temperature or 0.0, top_k, top_p, seed)
-    template = template_of(model, template)
-    tokenizer = model.preprocessor.tokenizer
-    stops = Stops.of(tokenizer, template, stop)
     asked = as_prompts(prompts)
-    encoded = [np.asarray(encode_prompt(prompt, tokenizer, template), np.int32) for prompt in asked]
+    groups = None if adapters is None else _by_adapter(model, asked, adapters)
     if stream:
+        if groups is not None:
+            raise ValueError("`stream` goes with what is in use. Call `use_adapter` instead of giving `adapters`.")
+        tokenizer, stops, encoded = _encoded(model, asked, template, stop)
         if len(encoded) != 1:
             raise ValueError(f"`stream` takes one prompt. Ask several one after the other. Received: {len(encoded)}")
         return streamed(_one(model, encoded[0], stops.ids, most, mixed_precision, answering), tokenizer, stops)
-    ended = (lambda tokens: stops.are_in(tokenizer, tokens)) if stops.texts else None
-    rows = generate_tokens(model, encoded, stops.ids, most, batch_size, on_progress, mixed_precision, answering, ended)
-    return [stops.answer(tokenizer, row) for row in rows]
+
+    def answered(numbers: Sequence[int], done: int) -> list[str]:
+        """Answers to some of the prompts, by what is in use."""
+        tokenizer, stops, encoded = _encoded(model, [asked[number] for number in numbers], template, stop)
+        ended = (lambda tokens: stops.are_in(tokenizer, tokens)) if stops.texts else None
+        told = None if on_progress is None else lambda now, _: on_progress(done + now, len(asked))
+        how = (mixed_precision, answering, ended, numbers)
+        rows = generate_tokens(model, encoded, stops.ids, most, batch_size, told, *how)
+        return [stops.answer(tokenizer, row) for row in rows]
+
+    if groups is None:
+        return answered(range(len(asked)), 0)
+    answers, done = [""] * len(asked), 0
+    for which, numbers in groups.items():
+        with adapter_used(model, which):
+            for number, answer in zip(numbers, answered(numbers, done), strict=True):
+                answers[number] = answer
+        done += len(numbers)
+    return answers
+
+
+def _encoded(model: Any, asked: Sequence[Any], template: Template | None, stop: str | Sequence[str]):
+    """The tokenizer, what ends an answer, and each prompt's tokens with its template's text."""
+    template = template_of(model, template)
+    tokenizer = model.preprocessor.tokenizer
+    encoded = [np.asarray(encode_prompt(prompt, tokenizer, template), np.int32) for prompt in asked]
+    return tokenizer, Stops.of(tokenizer, template, stop), encoded
+
+
+def _by_adapter(model: Any, asked: Sequence[Any], adapters: Sequence[str | None]) -> dict[str | None, list[int]]:
+    """The prompts' numbers for each adapter, in the order in which the adapters occur first."""
+    if isinstance(adapters, str) or len(adapters) != len(asked):
+        count = f"{adapters!r}" if isinstance(adapters, str) else f"{len(adapters)} for {len(asked)} prompts"
+        raise ValueError(f"`adapters` must name one adapter, or None, for each prompt. Received: {count}")
+    there = adapter_names(model)
+    groups: dict[str | None, list[int]] = {}
+    for number, name in enumerate(adapters):
+        if name is not None and name not in there:
+            raise GemmaLoraError(f"There is no adapter {name!r}. There are {', '.join(there) or 'none with names'}.")
+        groups.setdefault(name, []).append(number)
+    return groups
 
 
 def most_new_tokens(model: Any, max_new_tokens: int | None) -> int:
@@ -160,12 +207,14 @@ def generate_tokens(
     mixed_precision: bool | None = DEFAULTS.mixed_precision,
     answering: Answering = GREEDY,
     ended: Callable[[np.ndarray], bool] | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> list[np.ndarray]:
     """Continuations of token sequences; see `generate`.
 
     Args:
         answering: How tokens are chosen.
         ended: Told a row's new tokens so far, says whether they are enough; asked after every few tokens.
+        numbers: The prompts' numbers, by which answers are drawn; by default 0, 1, …
 
     Returns:
         One int32 array a prompt: the new tokens before the first stop token.
@@ -179,13 +228,14 @@ def generate_tokens(
     order = np.argsort([len(p) for p in prompts], kind="stable")
     batch_size = min(batch_size, len(prompts))
     answers = [np.zeros(0, np.int32)] * len(prompts)
+    named = np.arange(len(prompts)) if numbers is None else np.asarray(numbers)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         # A last, smaller batch repeats its first prompt: one compiled shape serves all.
         filled = np.concatenate([chosen, np.repeat(chosen[:1], batch_size - len(chosen))])
         rows = engine.read([prompts[i] for i in filled], length, shared, max_new_tokens)
         made = np.zeros((batch_size, 0), np.int32)
-        for new in continued(engine, rows, stop_ids, max_new_tokens, answering, filled):
+        for new in continued(engine, rows, stop_ids, max_new_tokens, answering, named[filled]):
             made = np.concatenate([made, new], axis=1)
             if ended is not None:
                 rows.done |= [ended(_until_stop(row, stop_ids)) for row in made]

@@ -29,7 +29,7 @@ RUN_FILES = (
     "loss.png",
     "confusion.png",
 )
-_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "template.json")
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "template.json", "base.json", "README.md")
 
 
 def finished_metrics(settings: Settings, data_sha256: str) -> dict[str, Any] | None:

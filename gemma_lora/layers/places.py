@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -59,3 +60,31 @@ def linear_places(block: keras.layers.Layer) -> Iterator[tuple[str, keras.layers
     """Yields `(our name, parent, attribute)` for each linear layer of a KerasHub Gemma block."""
     for name, place in PLACES.items():
         yield (name, *parent_and_attribute(block, place.attribute))
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """One place of a Gemma where an adapter can sit."""
+
+    target: str
+    module: str  # transformers' name, "model.layers.0.self_attn.q_proj"
+    parent: keras.layers.Layer
+    attribute: str
+
+    @property
+    def layer(self) -> keras.layers.Layer:
+        return getattr(self.parent, self.attribute)
+
+
+def slots(model: keras.Model) -> Iterator[Slot]:
+    """Yields every linear layer of a KerasHub Gemma's blocks with its name in transformers."""
+    backbone = getattr(model, "backbone", model)
+    if not hasattr(backbone, "transformer_layers"):
+        raise ValueError(
+            "`model` must be a KerasHub Gemma model or backbone: PEFT's format names a Gemma's modules. Save and load "
+            "the weights of another model with its own `save_weights` and `load_weights`, LoRA included. "
+            f"Received: {type(model).__name__}"
+        )
+    for number, block in enumerate(backbone.transformer_layers):
+        for target, parent, attribute in linear_places(block):
+            yield Slot(target, f"model.layers.{number}.{PLACES[target].transformers}", parent, attribute)

@@ -26,6 +26,7 @@ _MODULES: dict[str, list[str]] = {
         "detach_lora",
     ],
     "layer": ["LoRALayer", "LoRADense", "LoRAEinsumDense"],
+    "named": ["use_adapter", "remove_adapter", "adapter_names", "adapters_in_use"],
     "plain": ["named_layers", "targeted_layers", "trained_layers"],
     "products": ["WithLoRA", "WithDoRA"],
     "low_rank": [

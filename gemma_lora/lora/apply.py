@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from gemma_lora.base.files import GemmaLoraError
@@ -218,7 +219,8 @@ def unmerge_lora(model: keras.Model) -> None:
 def detach_lora(model: keras.Model) -> None:
     """Takes the LoRA layers out and gives the base layers back; a merged update stays in the kernels.
 
-    The base layers stay frozen. To train all of a plain model afterwards, set `model.trainable = True`.
+    Adapters that have names are forgotten; `use_adapter(model, None)` keeps them. The base layers stay frozen. To train
+    all of a plain model afterwards, set `model.trainable = True`.
     """
     for layer in lora_layers(model):
         layer.base.activation = layer.activation
@@ -227,6 +229,36 @@ def detach_lora(model: keras.Model) -> None:
             replace(parent, attribute, layer.base)
     for layer in lora_layers(model):  # those in graphs and lists
         replace_in_graph(model, layer, layer.base)
+    if getattr(model, "gemma_lora_adapters", None) is not None:
+        model.gemma_lora_adapters = None
     if getattr(model, "gemma_lora_trained", None):
         model.gemma_lora_trained = ()
     forget_programs(model)
+
+
+@contextlib.contextmanager
+def as_it_was_on_error(model: keras.Model) -> Iterator[None]:
+    """Puts layers, activations and trainable flags back if the block inside ends with an error.
+
+    What is asked for is checked before. This is for the rest: memory that runs out, Ctrl-C half-way.
+    """
+    held = list(linear_layers(model))
+    bases = [without_lora(layer) for _, _, layer in held]
+    activations = [base.activation for base in bases]
+    trainable = [(variable, variable.trainable) for variable in model.variables]
+    try:
+        yield
+    except BaseException:
+        for parent, attribute, layer in held:
+            if getattr(parent, attribute) is not layer:
+                replace(parent, attribute, layer)
+        for base, activation in zip(bases, activations, strict=True):
+            base.activation = activation
+        for variable, flag in trainable:
+            variable.trainable = flag
+        raise
+
+
+def without_lora(layer: keras.layers.Layer) -> keras.layers.Layer:
+    """A linear layer itself, where LoRA may stand around it."""
+    return layer.base if isinstance(layer, LoRALayer) else layer

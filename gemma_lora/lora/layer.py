@@ -14,14 +14,17 @@ of them.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
+import numpy as np
 
 from gemma_lora.base.files import GemmaLoraError
 from gemma_lora.base.keras_on_jax import keras, ops
 from gemma_lora.layers import linear
 from gemma_lora.layers.products import EXACT, Matrix, Precision, kernel_product, product_of
 from gemma_lora.lora import dora as dora_numbers
+from gemma_lora.lora.keras_files import Beside, ByPosition
 from gemma_lora.lora.products import WithDoRA, WithLoRA
 
 
@@ -30,7 +33,8 @@ class LoRALayer(keras.layers.Layer):
 
     Invariants: `base` is frozen; `lora_a` is (d_in, rank) and `lora_b` is (rank, d_out), both
     float32; while `merged` is True the base kernel holds kernel + delta (with DoRA, scaled) and the layer adds
-    nothing. `activation` is the base's, which has none meanwhile. Scaling and merged are variables. With DoRA
+    nothing. `activation` is the base's, which has none meanwhile. Scaling and merged are variables. `used_rank` is the
+    rank of the adapter that is in the layer, 0 for none: columns of A and rows of B behind it are zero. With DoRA
     `magnitude` (d_out,) is trained too, and `kernel_squares` (d_out,) says how long the base kernel's columns are while
     it is not merged.
     """
@@ -56,12 +60,13 @@ class LoRALayer(keras.layers.Layer):
         kwargs.setdefault("dtype", base.dtype_policy)
         super().__init__(**kwargs)
         self.base = base
-        self.rank = rank
+        self.rank = self.used_rank = rank
         self.alpha = float(2 * rank if alpha is None else alpha)
         self.rslora = bool(rslora)
         self.dora = bool(dora)
         self.dropout_rate = float(dropout)
         self.seed = seed
+        self.trained_on: Any = None  # the base that an adapter's folder named, while it is the one it was trained on
         self._undo: dora_numbers.Undo | None = None  # while merged with DoRA
         self.dropout = keras.layers.Dropout(dropout, seed=seed) if dropout else None
         for variable in base.variables:
@@ -70,6 +75,7 @@ class LoRALayer(keras.layers.Layer):
         self._add_state()
         if dora:
             self._add_magnitude()
+        self.beside = Beside(self, LoRALayer.own_variables)
         self.supports_masking = base.supports_masking
         # The activation comes after the sum, so it moves from the base to this layer.
         self.activation = base.activation
@@ -84,7 +90,8 @@ class LoRALayer(keras.layers.Layer):
     @property
     def scaling(self) -> float:
         """alpha / rank, or alpha / sqrt(rank) with rsLoRA (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732)."""
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+        rank = self.used_rank
+        return self.alpha / (math.sqrt(rank) if self.rslora else rank) if rank else 0.0
 
     @property
     def merged(self) -> bool:
@@ -118,6 +125,30 @@ class LoRALayer(keras.layers.Layer):
         self.scaling_factor = self.add_weight(name="scaling_factor", dtype="float32", **named)
         self.scaling_factor.assign(self.scaling)
         self.is_merged = self.add_weight(name="is_merged", dtype="bool", **named)
+
+    def put(self, lora_a, lora_b, alpha: float, rslora: bool = False, magnitude=None) -> None:
+        """Gives the layer the numbers of another adapter. Shapes stay, so nothing is compiled again.
+
+        Args:
+            lora_a, lora_b: (d_in, r) and (r, d_out) with r up to `rank`; r = 0 leaves the base alone.
+            alpha, rslora: As when the layer is made, for the rank r.
+            magnitude: (d_out,), DoRA's; None for the length of the kernel's columns.
+
+        Raises:
+            ValueError: If r is larger than the layer's rank.
+            GemmaLoraError: If the update is merged into the kernel.
+        """
+        if self.merged:
+            raise GemmaLoraError("The update is merged into the kernel. Call `unmerge_lora(model)` first.")
+        if lora_a.shape[1] > self.rank:
+            raise ValueError(f"`lora_a` must have up to {self.rank} columns. Received: {lora_a.shape[1]}")
+        self.used_rank, self.alpha, self.rslora = lora_a.shape[1], float(alpha), bool(rslora)
+        behind = (0, self.rank - self.used_rank)
+        self.lora_a.assign(np.pad(lora_a, ((0, 0), behind)))
+        self.lora_b.assign(np.pad(lora_b, (behind, (0, 0))))
+        self.scaling_factor.assign(self.scaling)
+        if self.dora:
+            self.magnitude.assign(ops.sqrt(self.kernel_squares.value) if magnitude is None else magnitude)
 
     def matrix_shape(self) -> tuple[int, int]:
         """`(d_in, d_out)` of the kernel seen as a matrix."""
@@ -184,8 +215,58 @@ class LoRALayer(keras.layers.Layer):
         y = linear.in_rows(self.base, inputs, product.multiply)
         return y if self.base.bias is None else y + ops.cast(self.base.bias, y.dtype)
 
+    # --- Keras's files and exports ---------------------------------------------------------------------------
+
+    def own_variables(self) -> dict[str, keras.Variable]:
+        """What this layer holds beside its base, by name."""
+        names = ("lora_a", "lora_b", *(("magnitude", "kernel_squares") if self.dora else ()))
+        return {name: getattr(self, name) for name in (*names, "scaling_factor", "is_merged")}
+
+    def save_own_variables(self, store):
+        """Writes what a plain layer reads: the kernel with the update in it, and the bias. See `keras_files.py`."""
+        self._require_plain_base()
+        kernel = ops.cast(linear.stored(self.base, self.whole_matrix()), self.base.variable_dtype)
+        store["0"] = kernel
+        if self.base.bias is not None:
+            store["1"] = self.base.bias
+
+    def load_own_variables(self, store):
+        """Reads nothing: the base reads its kernel, and `beside` the rest."""
+
+    @property
+    def weights(self):
+        """As Keras's. By its place a weight is given only while the base's kernel is what the layer multiplies by."""
+        own, base = super().weights, self.base.weights
+        traced = isinstance(self.is_merged.value, jax.core.Tracer)
+        if not traced and self.merged and linear.is_plain(self.base):
+            return [*base, *(weight for weight in own if all(weight is not other for other in base))]
+        return ByPosition(
+            own,
+            f"Layer {self.path!r} has LoRA beside its kernel, so no single weight is what it multiplies by. Call "
+            "`merge_lora(model)` and `detach_lora(model)` before KerasHub exports the model"
+            + (", and `dequantize_base(model)` before them." if self.is_packed else "."),
+        )
+
+    def enable_lora(self, *args, **kwargs):
+        """Refuses Keras's own LoRA under ours."""
+        raise GemmaLoraError(
+            f"Layer {self.name!r} has gemma_lora's LoRA; Keras's `enable_lora` under it would be lost when an adapter "
+            "is saved. Call `detach_lora(model)` first."
+        )
+
+    def _require_plain_base(self) -> None:
+        """Raises if Keras's own LoRA or quantization has been put on the base since."""
+        if not self.is_packed and not linear.is_plain(self.base):
+            mode = getattr(self.base, "quantization_mode", None)
+            what = f"Keras's own quantization ({mode})" if mode else "Keras's own LoRA (`enable_lora`)"
+            raise GemmaLoraError(
+                f"Layer {self.name!r} has {what} under gemma_lora's LoRA, and the update cannot be added to that. Load "
+                "the model anew; `quantize_base` packs a model that is to get LoRA."
+            )
+
     def merge(self) -> None:
         """Adds the update to the base kernel; the layer then costs what the base costs."""
+        self._require_plain_base()
         if self.is_packed:
             raise GemmaLoraError(
                 f"Layer {self.name!r} holds its weights in few bits, which an update cannot be added to. "
@@ -220,10 +301,11 @@ class LoRALayer(keras.layers.Layer):
             base = keras.saving.serialize_keras_object(self.base)
         finally:
             self.base.activation = keras.activations.linear
+        of_rank = math.sqrt(self.rank) if self.rslora else self.rank
         return config | {
             "base": base,
             "rank": self.rank,
-            "alpha": self.alpha,
+            "alpha": self.alpha if self.used_rank == self.rank else self.scaling * of_rank,
             "dropout": self.dropout_rate,
             "rslora": self.rslora,
             "dora": self.dora,

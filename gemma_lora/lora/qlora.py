@@ -21,11 +21,15 @@ from gemma_lora.layers import linear
 from gemma_lora.layers.products import EXACT, Packed, Precision
 from gemma_lora.layers.surgery import forget_replaced, in_graphs, replace, replace_in_graph
 from gemma_lora.lora.apply import lora_layers, plain_layers
+from gemma_lora.lora.keras_files import Beside, ByPosition
 from gemma_lora.quantization import packed
 from gemma_lora.quantization.packed import SCHEMES as SCHEMES
 from gemma_lora.quantization.packed import encoding_for as encoding_for
 
 # --- layers -----------------------------------------------------------------------------------------------------
+
+
+_PACKED_WEIGHTS = "The model holds its weights in few bits. Call `dequantize_base(model)` before KerasHub exports it."
 
 
 class _PackedLayer:
@@ -47,7 +51,24 @@ class _PackedLayer:
         self.parts: dict[str, keras.Variable] = {}
         for name, array in parts.items():
             self.parts[name] = _frozen_weight(self, name, array)
+        self.beside = Beside(self, lambda layer: dict(layer.parts))  # type: ignore[arg-type]
         self.built = True
+
+    def save_own_variables(self, store):
+        """Writes what a plain layer reads: the decoded kernel and the bias. See `keras_files.py`."""
+        store["0"] = linear.stored(self, self.matrix())  # type: ignore[arg-type]
+        if self.bias is not None:
+            store["1"] = self.bias
+
+    def load_own_variables(self, store):
+        """Reads the bias; `beside` reads the packed kernel."""
+        if self.bias is not None:
+            self.bias.assign(store["1"])
+
+    @property
+    def weights(self):
+        """As Keras's, but none is given by its place: the kernel is none of them."""
+        return ByPosition(super().weights, _PACKED_WEIGHTS)  # type: ignore[misc]
 
     @property
     def nbytes(self) -> int:
@@ -117,7 +138,20 @@ class PackedEmbedding(keras.layers.Layer):
         self.logit_soft_cap, self.tie_weights = plain.logit_soft_cap, True
         self.row_codes = _frozen_weight(self, "row_codes", np.asarray(rows.codes))
         self.row_scales = _frozen_weight(self, "row_scales", np.asarray(rows.scales))
+        self.beside = Beside(self, lambda layer: {"codes": layer.row_codes, "scales": layer.row_scales})
         self.built = True
+
+    def save_own_variables(self, store):
+        """Writes what a plain embedding reads: the decoded table. See `keras_files.py`."""
+        store["0"] = self.embeddings
+
+    def load_own_variables(self, store):
+        """Reads nothing; `beside` reads the rows."""
+
+    @property
+    def weights(self):
+        """As Keras's, but none is given by its place: the table is none of them."""
+        return ByPosition(super().weights, _PACKED_WEIGHTS)
 
     @property
     def embeddings(self):
@@ -166,6 +200,11 @@ def _exchange_embedding(model: keras.Model, new: keras.layers.Layer) -> None:
 
 def head_table(embedding: keras.layers.Layer) -> Any:
     """The tied table as the loss takes it: an array (V, D), or `Int8Rows` where it is packed."""
+    if mode := getattr(embedding, "quantization_mode", None):
+        raise GemmaLoraError(
+            f"Keras's own quantization ({mode}) is on the embedding, whose codes are no weights. Load the model anew; "
+            "`quantize_base(model)` packs it."
+        )
     return embedding.rows() if hasattr(embedding, "rows") else ops.convert_to_tensor(embedding.embeddings)
 
 

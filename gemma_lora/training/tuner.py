@@ -25,6 +25,7 @@ from gemma_lora.data.templates import template_of
 from gemma_lora.gemma.architectures import architecture_of
 from gemma_lora.gemma.attention import packed_rows
 from gemma_lora.gemma.forward import forward
+from gemma_lora.gemma.origin import is_known
 from gemma_lora.gemma.weights import backbone_of, collect, head_table
 from gemma_lora.layers.linear import is_one_product, kernel_matrix
 from gemma_lora.layers.loss import chunked_cross_entropy, fitting_chunk
@@ -210,13 +211,19 @@ class FineTuner(SteppedModel):
 
     def _check_model(self) -> None:
         if not self.causal_lm.trainable_variables:
-            raise GemmaLoraError("Nothing in the model is trainable. Call `apply_lora` or `apply_adapters` first.")
+            raise GemmaLoraError(
+                "Nothing in the model is trainable. Call `apply_lora` or `apply_adapters` first; of several adapters "
+                "use a single one."
+            )
         if self.settings["remat"] and any(layer.dropout_rate for layer in lora_layers(self.causal_lm)):
             raise ValueError("`remat` computes a block twice, and dropout would differ. Use one of the two.")
 
     def make_train_function(self, force=False):
-        """As Keras's. Kernels that were assigned to are rounded anew."""
+        """As Keras's. Kernels that were assigned to are rounded anew. What is trained belongs to the base it is on."""
         self._refresh_copies()
+        if is_known(self.causal_lm):
+            for layer in lora_layers(self.causal_lm):
+                layer.trained_on = None
         super().make_train_function(force)
 
     def check_trainable(self) -> None:

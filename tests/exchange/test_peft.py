@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from gemma_lora.base.files import GemmaLoraError
 from gemma_lora.data.templates import Template
 from gemma_lora.exchange import peft
 from gemma_lora.exchange.peft import load_adapter, save_adapter
+from gemma_lora.exchange.peft_folder import read_folder
+from gemma_lora.layers.surgery import replace
 from tests.conftest import tiny_gemma
 
 INPUTS = {"token_ids": np.arange(12)[None] + 5, "padding_mask": np.ones((1, 12), "int32")}
@@ -125,6 +128,15 @@ def edit_tensors(path, change):
     save_file({k: np.ascontiguousarray(v) for k, v in change(load_file(file)).items()}, file)
 
 
+def on_module(path, module):
+    """Puts the LoRA of one layer on another module, which the configuration then targets."""
+    edit_config(path, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", module])
+    edit_config(path, layers_to_transform=None)
+    old = "model.layers.1.mlp.down_proj"
+    keep = lambda k: "mlp.down_proj" not in k or old in k  # noqa: E731
+    edit_tensors(path, lambda t: {k.replace(old, module): v for k, v in t.items() if keep(k)})
+
+
 SPOILERS = {
     "no such file": lambda p: (p / "adapter_config.json").unlink(),
     "no such file. PEFT": lambda p: (p / "adapter_model.safetensors").unlink(),
@@ -133,7 +145,18 @@ SPOILERS = {
     "lacks lora_magnitude_vector": lambda p: edit_config(p, use_dora=True),
     "lora_alpha": lambda p: edit_config(p, lora_alpha=None),
     "cannot be read": lambda p: (p / "adapter_model.safetensors").write_bytes(b"\x10" * 40),
-    "another model": lambda p: edit_tensors(p, lambda t: {k.replace("layers.0", "layers.7"): v for k, v in t.items()}),
+    "another model": lambda p: (
+        edit_config(p, layers_to_transform=None),
+        edit_tensors(p, lambda t: {k.replace("layers.0", "layers.7"): v for k, v in t.items()}),
+    ),
+    "does not target model.layers.7.mlp.down_proj": lambda p: edit_tensors(
+        p, lambda t: {k.replace("layers.0", "layers.7"): v for k, v in t.items()}
+    ),
+    "does not target model.layers.0.mlp.up_proj, which": lambda p: edit_config(p, exclude_modules="model.*up_proj"),
+    "LoRA on .*vision_tower.*only text models are read": lambda p: on_module(
+        p, "model.vision_tower.vision_model.encoder.layers.0.self_attn.q_proj"
+    ),
+    "LoRA on lm_head: the output table": lambda p: on_module(p, "lm_head"),
     "needs A": lambda p: edit_tensors(p, lambda t: {k: v[..., :2] for k, v in t.items()}),
     "changes nothing": lambda p: edit_tensors(p, lambda t: {k: v * ("lora_A" in k) for k, v in t.items()}),
     "lacks lora_A. Save": lambda p: edit_tensors(p, lambda t: dict(list(t.items())[1:])),
@@ -146,6 +169,17 @@ SPOILERS = {
     "finite in float32. Received: 1000": lambda p: edit_config(p, lora_alpha=10**400),
     "finite in float32. Received: True": lambda p: edit_config(p, lora_alpha=True),
     "finite in float32. Received: '6'": lambda p: edit_config(p, lora_alpha="6"),
+    "alpha_pattern of 'q_proj' must be a number": lambda p: edit_config(p, alpha_pattern={"q_proj": "6"}),
+    "rank_pattern of 'q_proj' must be an integer": lambda p: edit_config(p, rank_pattern={"q_proj": 0}),
+    "rank_pattern must be an object. Received: list": lambda p: edit_config(p, rank_pattern=[3]),
+    "has rank_pattern 'q_proj' with 5": lambda p: edit_config(p, rank_pattern={"q_proj": 5}),
+    "'q_[(]proj' is no regular expression": lambda p: edit_config(p, alpha_pattern={"q_(proj": 5}),
+    "target_modules must be null, one or a list of str": lambda p: edit_config(p, target_modules=[1]),
+    "gguf_sha256 and gguf_type must be text": lambda p: (p / "base.json").write_text('{"gguf_sha256": 1}'),
+    "base.json: must hold an object": lambda p: (p / "base.json").write_text("[]"),
+    "tensors of several adapters .None, sales": lambda p: edit_tensors(
+        p, lambda t: {k.replace("A.weight", "A.sales.weight") if "1.mlp.up" in k else k: v for k, v in t.items()}
+    ),
     "lora_alpha is 0": lambda p: edit_config(p, lora_alpha=0),
     "lora_dropout must be a number in .0, 1.. Received: None": lambda p: edit_config(p, lora_dropout=None),
     "lora_dropout must be .* Received: 1": lambda p: edit_config(p, lora_dropout=1),
@@ -159,8 +193,18 @@ SPOILERS = {
     "has lora_A of rank 3, but adapter_config.json has r = 4": lambda p: edit_config(p, r=4),
     "use_rslora must be true or false. Received: 'no'": lambda p: edit_config(p, use_rslora="no"),
     "use_dora must be true or false. Received: 0": lambda p: edit_config(p, use_dora=0),
-    "init_lora_weights is 'pissa', which is not supported": lambda p: edit_config(p, init_lora_weights="pissa"),
+    **{
+        f"init_lora_weights is '{start}', which is not supported: it changes": partial(
+            edit_config, init_lora_weights=start
+        )
+        for start in ("pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "loftq", "lora_ga")
+    },
     "alora_invocation_tokens is .1, 2.": lambda p: edit_config(p, alora_invocation_tokens=[1, 2]),
+    "fan_in_fan_out is True": lambda p: edit_config(p, fan_in_fan_out=True),
+    "lora_bias is True": lambda p: edit_config(p, lora_bias=True),
+    "kasa_config is .'beta': 1": lambda p: edit_config(p, kasa_config={"beta": 1}),
+    "trainable_token_indices is .5": lambda p: edit_config(p, trainable_token_indices=[5]),
+    "target_parameters is": lambda p: edit_config(p, target_parameters=["experts.up_proj"]),
     "not finite": lambda p: edit_tensors(
         p, lambda t: {k: v * (np.inf if "1.mlp.up" in k else 1) for k, v in t.items()}
     ),
@@ -263,6 +307,99 @@ def test_what_a_configuration_leaves_out_is_pefts_default(folders, tmp_path):
     assert {(layer.rank, layer.dropout_rate, layer.rslora, layer.dora) for layer in lora.lora_layers(model)} == {
         (3, 0.0, False, False)
     }
+
+
+@pytest.mark.parametrize("start", [True, False, None, "gaussian", "eva", "orthogonal", "mica"])
+def test_a_start_that_leaves_the_base_alone_is_read(folders, tmp_path, start):
+    path = shutil.copytree(folders[False], tmp_path / "adapter")
+    edit_config(path, init_lora_weights=start)
+    assert read_folder(path).modules.keys() == read_folder(folders[False]).modules.keys()
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda k: k.replace(".weight", ".default.weight").replace("_vector", "_vector.default.weight"),
+        lambda k: k.replace("magnitude_vector", "magnitude_vector.default"),
+        lambda k: f"_orig_mod.{k}",
+        lambda k: k.replace("base_model.model.", "base_model.model._orig_mod."),
+        lambda k: k.replace("layers.1.", "layers.1._orig_mod.").replace("q_proj.", "q_proj._orig_mod."),
+        lambda k: k.replace("layers.", "_fsdp_wrapped_module.layers.").replace("1.mlp", "1._fsdp_wrapped_module.mlp"),
+        lambda k: f"_fsdp_wrapped_module.{k}",
+        lambda k: f"base_model.model.{k}",
+        lambda k: k.replace("model.layers", "model.language_model.layers"),
+        lambda k: k.replace("model.layers", "language_model.model.layers"),
+        lambda k: k.removeprefix("base_model.model."),
+        lambda k: f"module.{k}",
+    ],
+    ids=[
+        "default", "magnitude.default", "compiled", "base compiled", "blocks compiled", "fsdp", "all fsdp", "doubled",
+        "language_model", "older language_model", "no prefix", "data parallel",
+    ],
+)  # fmt: skip
+def test_other_names_of_the_same_tensors(folders, tmp_path, dora, change):
+    expected = read_folder(folders[dora])
+    path = shutil.copytree(folders[dora], tmp_path / "adapter")
+    edit_tensors(path, lambda t: {change(k): v for k, v in t.items()})
+    found = read_folder(path)
+    assert found.modules.keys() == expected.modules.keys()
+    for module, numbers in found.modules.items():
+        np.testing.assert_array_equal(numbers.lora_a, expected.modules[module].lora_a)
+        np.testing.assert_array_equal(numbers.lora_b, expected.modules[module].lora_b)
+        np.testing.assert_array_equal(numbers.magnitude, expected.modules[module].magnitude)
+
+
+def differing(model, **kind):
+    """LoRA whose rank and alpha differ from layer to layer, on some layers only."""
+    chosen = {"model.layers.0.self_attn.q_proj": (1, 2.0), "model.layers.1.mlp.down_proj": (4, 3.0)}
+    chosen["model.layers.1.self_attn.q_proj"] = (1, 5.0)
+    for slot in peft.slots(model):
+        if slot.module in chosen:
+            rank, alpha = chosen[slot.module]
+            cls = lora.LoRADense if slot.target == "down" else lora.LoRAEinsumDense
+            layer = cls(slot.layer, rank, alpha=alpha, **kind)
+            layer.lora_b.assign(np.random.default_rng(rank).normal(0, 0.3, layer.lora_b.shape))
+            replace(slot.parent, slot.attribute, layer)
+    return model
+
+
+@pytest.mark.parametrize("kind", [{}, {"rslora": True, "dora": True}], ids=str)
+def test_rank_and_alpha_of_each_layer_are_kept(tmp_path, gemma, kind):
+    differing(gemma, **kind)
+    expected = np.asarray(gemma.backbone(INPUTS))
+    save_adapter(gemma, tmp_path / "one")
+    model = load_adapter(tiny_gemma(), tmp_path / "one")
+    assert [(layer.rank, layer.alpha) for layer in lora.lora_layers(model)] == [(1, 2.0), (1, 5.0), (4, 3.0)]
+    np.testing.assert_allclose(model.backbone(INPUTS), expected, atol=1e-6)
+    save_adapter(model, tmp_path / "two")
+    one, two = ((tmp_path / name / "adapter_config.json").read_text() for name in ("one", "two"))
+    assert one == two
+    assert json.loads(one)["rank_pattern"] == {"layers.1.mlp.down_proj": 4}
+
+
+def test_mixed_scalings_are_written_as_one_kind(tmp_path, gemma):
+    trained(gemma, ("query", "down"), alpha=5)
+    layer = lora.lora_layers(gemma)[0]
+    other = lora.LoRAEinsumDense(layer.base, 4, alpha=7, rslora=True)
+    other.lora_b.assign(np.full(other.lora_b.shape, 0.1))
+    replace(gemma.backbone.transformer_layers[0].attention, "query_dense", other)
+    expected = np.asarray(gemma.backbone(INPUTS))
+    save_adapter(gemma, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["use_rslora"] is False
+    np.testing.assert_allclose(load_adapter(tiny_gemma(), tmp_path).backbone(INPUTS), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_is_not_saved(tmp_path, gemma, bad):
+    trained(gemma, ("query",))
+    layer = lora.lora_layers(gemma)[1]
+    layer.lora_a.assign(np.where(np.arange(layer.lora_a.shape[1]) == 1, bad, layer.lora_a))
+    with pytest.raises(
+        GemmaLoraError, match="layers.1.self_attn.q_proj.lora_A.weight holds numbers that are not finite"
+    ):
+        save_adapter(gemma, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_model_without_lora_is_not_saved(tmp_path):
