@@ -196,7 +196,8 @@ def _from_gguf(source: str, path: Path, dtype: str, quantization: str | None, do
     preprocessor = hub.models.Gemma3CausalLMPreprocessor(tokenizer, sequence_length=512)
     model = hub.models.Gemma3CausalLM(preprocessor=preprocessor, backbone=backbone)
     model.gemma_lora_instruction_tuned = is_instruction_tuned(path, index.fields)
-    record_origin(model, source, path, index.fields)
+    known = BUILTIN_SHA256 if source == BUILTIN_NAME else None  # `builtin_gguf` has computed it
+    record_origin(model, source, path, index.fields, known)
     return model
 
 
