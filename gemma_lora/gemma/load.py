@@ -201,7 +201,8 @@ def _from_gguf(source: str, path: Path, dtype: str, quantization: str | None, do
     model.gemma_lora_instruction_tuned = is_instruction_tuned(path, index.fields)
     if (template := index.fields.get(gguf.TEMPLATE_FIELD)) is not None:  # a file that `export` wrote
         model.gemma_lora_template = _template(path, template)
-    record_origin(model, source, path, index.fields)
+    known = BUILTIN_SHA256 if source == BUILTIN_NAME else None  # `builtin_gguf` has computed it
+    record_origin(model, source, path, index.fields, known)
     return model
 
 

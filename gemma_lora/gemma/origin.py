@@ -95,9 +95,16 @@ class _Recorded:
     path: Path | None
     identity: tuple[int, ...] | None  # the file's, as it was then
     gguf_type: str | None
+    gguf_sha256: str | None  # where it is known already
 
 
-def record_origin(model: Any, source: str, gguf: Path | None = None, fields: Mapping[str, Any] | None = None) -> None:
+def record_origin(
+    model: Any,
+    source: str,
+    gguf: Path | None = None,
+    fields: Mapping[str, Any] | None = None,
+    sha256: str | None = None,
+) -> None:
     """Says of a model where its weights come from; `load_gemma` calls it.
 
     Args:
@@ -105,10 +112,11 @@ def record_origin(model: Any, source: str, gguf: Path | None = None, fields: Map
         source: What `load_gemma` was given.
         gguf: The GGUF file that was read, if any.
         fields: That file's metadata.
+        sha256: That file's SHA-256, where it has been computed.
     """
     kind = _FILE_TYPES.get((fields or {}).get("general.file_type", -1))
     identity = None if gguf is None else _identity(gguf)
-    model.gemma_lora_origin = _Recorded(hub_name(source, fields), gguf, identity, kind)
+    model.gemma_lora_origin = _Recorded(hub_name(source, fields), gguf, identity, kind, sha256)
 
 
 def is_known(model: Any) -> bool:
@@ -127,7 +135,8 @@ def origin_of(model: Any) -> Origin:
         return Origin()
     if recorded.path is None:
         return Origin(recorded.name)
-    return Origin(recorded.name, _digest(recorded.path, recorded.identity), recorded.gguf_type)
+    digest = recorded.gguf_sha256 or _digest(recorded.path, recorded.identity)
+    return Origin(recorded.name, digest, recorded.gguf_type)
 
 
 def hub_name(source: str, fields: Mapping[str, Any] | None = None) -> str:

@@ -95,6 +95,7 @@ def named(folder):
     return json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
 
 
+@pytest.mark.slow
 def test_the_base_is_named_and_its_name_kept(tmp_path):
     source = trained(tiny_gemma())
     save_adapter(source, tmp_path / "unknown")
@@ -112,6 +113,7 @@ def test_the_base_is_named_and_its_name_kept(tmp_path):
     assert named(tmp_path / "said") == "other/name"
 
 
+@pytest.mark.slow
 def test_loading_on_another_base_warns_and_keeps_the_name(tmp_path):
     source = trained(tiny_gemma())
     record_origin(source, "gemma3_instruct_1b")
@@ -127,6 +129,7 @@ def test_loading_on_another_base_warns_and_keeps_the_name(tmp_path):
         load_adapter(source, tmp_path / "it")
 
 
+@pytest.mark.slow
 def test_training_goes_on_on_the_base_it_is_on(tmp_path):
     from gemma_lora.training.tuner import FineTuner
 
@@ -171,6 +174,7 @@ def test_a_card_says_what_the_base_was():
     assert "base_model" not in card(Origin(), CONFIG)
 
 
+@pytest.mark.slow
 def test_a_card_of_somebody_elses_is_left_alone(tmp_path):
     model = trained(tiny_gemma())
     save_adapter(model, tmp_path)

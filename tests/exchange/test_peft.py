@@ -364,6 +364,7 @@ def differing(model, **kind):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [{}, {"rslora": True, "dora": True}], ids=str)
 def test_rank_and_alpha_of_each_layer_are_kept(tmp_path, gemma, kind):
     differing(gemma, **kind)
@@ -378,6 +379,7 @@ def test_rank_and_alpha_of_each_layer_are_kept(tmp_path, gemma, kind):
     assert json.loads(one)["rank_pattern"] == {"layers.1.mlp.down_proj": 4}
 
 
+@pytest.mark.slow
 def test_mixed_scalings_are_written_as_one_kind(tmp_path, gemma):
     trained(gemma, ("query", "down"), alpha=5)
     layer = lora.lora_layers(gemma)[0]

@@ -12,6 +12,7 @@ from gemma_lora.gemma.forward import hidden_states
 from gemma_lora.layers import linear
 from tests.conftest import tiny_gemma
 
+pytestmark = pytest.mark.slow
 IDS = np.arange(10)[None] + 20
 KINDS = [{"targets": "all-linear"}, {"targets": ("down",)}, {"targets": ("query", "up"), "dora": True}]
 
@@ -42,7 +43,6 @@ WAYS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_a_keras_file_holds_what_the_model_gives(tmp_path, way, kind):
@@ -57,7 +57,6 @@ def test_a_keras_file_holds_what_the_model_gives(tmp_path, way, kind):
     np.testing.assert_allclose(again.backbone(x), expected, atol=1e-4)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_a_preset_holds_what_the_model_gives(tmp_path, way):
     from gemma_lora.gemma.load import import_keras_hub
@@ -69,7 +68,6 @@ def test_a_preset_holds_what_the_model_gives(tmp_path, way):
     np.testing.assert_allclose(states(again), states(model), atol=2e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("way", WAYS)
 def test_kerashubs_export_holds_the_update_or_is_refused(tmp_path, way, kind):
@@ -89,7 +87,6 @@ def test_kerashubs_export_holds_the_update_or_is_refused(tmp_path, way, kind):
         np.testing.assert_allclose(tensors[f"{name}.weight"], np.asarray(expected).T, atol=1e-6)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("scheme", [None, "nf4"])
 @pytest.mark.parametrize("dora", [False, True])
 def test_a_model_with_lora_takes_back_its_weights(tmp_path, scheme, dora):
@@ -110,7 +107,6 @@ def test_a_model_with_lora_takes_back_its_weights(tmp_path, scheme, dora):
         lora.apply_lora(tiny_gemma(), rank=2, targets=("query", "down", "up")).load_weights(tmp_path / "m.weights.h5")
 
 
-@pytest.mark.slow
 def test_a_packed_model_is_written_decoded(tmp_path):
     model = lora.qlora.quantize_base(tiny_gemma(), "nf4")
     lora.apply_lora(model, rank=2, targets=("query", "down"))

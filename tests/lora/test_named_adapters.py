@@ -18,6 +18,7 @@ from gemma_lora.lora import named
 from gemma_lora.training.tuner import FineTuner
 from tests.conftest import CharacterTokenizer, tiny_gemma
 
+pytestmark = pytest.mark.slow
 IDS = np.arange(10)[None] + 20
 #: Of finance and questions all shapes agree; sales has another rank and a place more, scaled DoRA is another kind.
 KINDS = {
@@ -74,6 +75,7 @@ def summed(trained, weights):
     return states(model)
 
 
+@pytest.mark.filterwarnings("ignore:.*different templates")
 def test_each_is_what_it_is_alone_whatever_came_before(model, trained, base):
     assert gl.adapter_names(model) == ["finance", "questions", "sales"]
     assert gl.adapters_in_use(model) == {"sales": 1.0}  # the last one loaded
