@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from gemma_lora.base.files import GemmaLoraError, atomic_path, cache_dir, sha256_of, write_json_atomic
+from gemma_lora.gemma.sentencepiece_model import model_bytes
 from gemma_lora.layers.linear import matrix_shape
 from gemma_lora.layers.places import PLACES, linear_places
 from gemma_lora.quantization.packed import Int8Rows
@@ -175,35 +176,20 @@ def _tokenizer_proto(path: Path, reader) -> bytes:
     `<mask>`, `<unused0>` and so on are user-defined: one token where a text has the name. llama.cpp's converter calls
     all of them control tokens, which SentencePiece never finds in a text; here they are what they were.
     """
-    from sentencepiece import sentencepiece_model_pb2
-
-    model_pb2: Any = sentencepiece_model_pb2  # generated code, which the type checker cannot see into
-
     columns = [reader.fields.get(f"tokenizer.ggml.{name}") for name in ("tokens", "scores", "token_type")]
     if any(column is None for column in columns):
         raise GemmaLoraError(f"{path}: holds no SentencePiece tokenizer (tokens, scores and types). Convert it again.")
     tokens, scores, kinds = (column.contents() for column in columns)
     unknown = int(reader.fields["tokenizer.ggml.unknown_token_id"].contents())
     ends = {field: int(reader.fields[f"tokenizer.ggml.{field}_token_id"].contents()) for field in _ENDS}
-    model = model_pb2.ModelProto()
+    pieces = []
     for position, (piece, score, kind) in enumerate(zip(tokens, scores, kinds, strict=True)):
-        entry = model.pieces.add()
         if kind == _CONTROL and position not in ends.values() and piece not in _NO_PIECE_OF_GOOGLES:
             kind = _USER_DEFINED
         # llama.cpp writes the spaces of user-defined pieces (Gemma's runs of spaces) plainly, SentencePiece wants ▁.
-        entry.piece, entry.score = piece.replace(" ", "▁") if kind == _USER_DEFINED else piece, score
-        entry.type = _UNKNOWN if position == unknown else kind
-    model.trainer_spec.model_type = model_pb2.TrainerSpec.BPE
-    model.trainer_spec.vocab_size = len(tokens)
-    model.trainer_spec.byte_fallback = True
-    model.trainer_spec.unk_id = unknown
-    for field, name in _ENDS.items():
-        setattr(model.trainer_spec, name, ends[field])
-    model.normalizer_spec.name = "identity"
-    model.normalizer_spec.add_dummy_prefix = False
-    model.normalizer_spec.remove_extra_whitespaces = False
-    model.normalizer_spec.escape_whitespaces = True
-    return model.SerializeToString()
+        text = piece.replace(" ", "▁") if kind == _USER_DEFINED else piece
+        pieces.append((text, float(score), _UNKNOWN if position == unknown else int(kind)))
+    return model_bytes(pieces, {"unk_id": unknown, **{name: ends[field] for field, name in _ENDS.items()}})
 
 
 def _tensor(index: Index, name: str) -> Tensor:
