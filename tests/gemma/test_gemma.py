@@ -316,6 +316,39 @@ def test_a_hubs_refusal_is_one_error_with_its_remedy(monkeypatch, name, source):
         assert "load_gemma() without an argument" in message
 
 
+def test_without_a_connection_the_hubs_own_words_count(monkeypatch):
+    """KerasHub makes of a file that is not in the cache a missing config.json, and speaks of permissions."""
+    import huggingface_hub
+
+    hub = gemma.import_keras_hub()
+
+    def no_config(*_, **__):
+        raise ValueError("Preset hf://google/x has no config.json. Make sure you have permissions to read it.")
+
+    def offline(**_):
+        raise FileNotFoundError("cannot find the requested files in the local cache. Please check your connection")
+
+    monkeypatch.setattr(hub.models.CausalLM, "from_preset", no_config)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
+    with pytest.raises(GemmaLoraError, match="hf://google/x: .*The hub cannot be reached"):
+        gemma.load_gemma("hf://google/x")
+
+    def gated(**_):
+        raise OSError("401 Client Error. Cannot access gated repo")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", gated)
+    with pytest.raises(GemmaLoraError, match="Accept the Gemma licence on huggingface.co"):
+        gemma.load_gemma("hf://google/x")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "near"), [("gemma3_1bb", "gemma3_1b"), ("gemma2_2b", "gemma2_2b_en"), ("gemma3_270m_x", "gemma3_270m")]
+)
+def test_a_misspelled_preset_is_answered_with_near_names(wrong, near):
+    with pytest.raises(GemmaLoraError, match=rf"{wrong}: cannot be loaded.*Names near this one: .*\b{near}\b"):
+        gemma.load_gemma(wrong)
+
+
 def test_another_family_is_refused(monkeypatch):
     hub = gemma.import_keras_hub()
     monkeypatch.setattr(hub.models.CausalLM, "from_preset", lambda *args, **named: type("LlamaCausalLM", (), {})())
