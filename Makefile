@@ -9,6 +9,8 @@ BIN := $(VENV)/bin
 LIMIT ?= 2200
 # What `make latest` runs of the unit tests.
 TESTS ?= tests
+# Which lessons `make portable-test` runs: all.
+LESSONS ?=
 # Which of the lists in tests/platforms `make platforms` takes: all.
 PLATFORMS ?=
 LATEST := .venv-latest/bin/python
@@ -17,7 +19,7 @@ NBVAL := --nbval $(NBVAL_OPTIONS)
 export KERAS_BACKEND := jax
 
 .DEFAULT_GOAL := help
-.PHONY: help env finetune quick test parity latest platforms lint lab data pins clean
+.PHONY: help env finetune quick test parity latest platforms portable portable-test lint lab data pins clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 15
@@ -79,6 +81,14 @@ latest: ## newest releases of everything, in a throw-away environment: lesson 12
 platforms: ## the unit tests in throw-away environments like Colab's and Kaggle's, and on the newest releases (two cores: 2 hours, 4 GB of disk)
 	@echo "Unit tests in environments like Colab's and Kaggle's, one after another: about half an hour each, 4 GB of disk, 12 GB of memory."
 	$(PYTHON) tests/platforms/run.py $(PLATFORMS)
+
+portable: env ## the lessons as one folder that runs anywhere: dist/portable, with the wheel and the data (1 minute)
+	@echo "Writing dist/portable: every lesson, the package's wheel, data and results. About 1 minute, 40 MB of disk."
+	$(BIN)/python notebooks/portable.py
+
+portable-test: env ## run the lessons of dist/portable outside the checkout, in an environment like Colab's (two cores: 40 minutes, 5 GB of memory)
+	@echo "Running the portable lessons ($(or $(LESSONS),all)) in an environment like Colab's. All: about 40 minutes (an estimate), 4 GB of disk."
+	$(BIN)/python notebooks/portable.py --test $(LESSONS)
 
 lint: env ## ruff (notebooks too) and mypy (1 minute)
 	@echo "ruff, notebooks too, and mypy: about 1 minute."

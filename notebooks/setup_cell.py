@@ -117,11 +117,11 @@ def _without_old_lines(cells: list[dict]) -> None:
     text = re.sub(r'^os\.environ\["KERAS_BACKEND"\] = "jax".*\n+', "", text, flags=re.MULTILINE)
     text = re.sub(r"^ROOT = Path\.cwd\(\) if .*\n?", "", text, flags=re.MULTILINE).rstrip("\n")
     rest = "\n".join("".join(cell["source"]) for cell in code[1:])
-    for line, used in ((r"import os\n+", r"\bos\."), (r"from pathlib import Path\n", r"\bPath\b")):
+    for line, used in ((r"import os\n+", r"\bos\."), (r"from pathlib import Path(?:\n|$)", r"\bPath\b")):
         without = re.sub(f"^{line}", "", text, flags=re.MULTILINE)
         if without != text and not re.search(used, without + rest):
             text = without
-    text = re.sub(r"^import os\n\n(?=import|from)", "import os\n", text.lstrip("\n"), flags=re.MULTILINE)
+    text = re.sub(r"^import os\n\n(?=import|from)", "import os\n", text.strip("\n"), flags=re.MULTILINE)
     code[0]["source"] = lines(text)
 
 
