@@ -9,20 +9,25 @@ BIN := $(VENV)/bin
 LIMIT ?= 2200
 # What `make latest` runs of the unit tests.
 TESTS ?= tests
+# Which lessons `make portable-test` runs: all.
+LESSONS ?=
+# Which of the lists in tests/platforms `make platforms` takes: all.
+PLATFORMS ?=
 LATEST := .venv-latest/bin/python
 NBVAL_OPTIONS := --nbval-current-env --nbval-cell-timeout=600 --nbval-sanitize-with tests/nbval_sanitize.cfg
 NBVAL := --nbval $(NBVAL_OPTIONS)
 export KERAS_BACKEND := jax
 
 .DEFAULT_GOAL := help
-.PHONY: help env finetune quick test parity latest lint lab data pins clean
+.PHONY: help env finetune quick test parity latest platforms portable portable-test lint lab data pins clean
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 15
 
 $(VENV)/.python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "Python 3.11 or newer is needed; $(PYTHON) is $$($(PYTHON) --version 2>&1). Run: make PYTHON=python3.12 …"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
+	  { echo "Python 3.11, 3.12 or 3.13 is needed; $(PYTHON) is $$($(PYTHON) --version 2>&1)." \
+	         "For 3.14 TensorFlow Text, which KerasHub needs, has no wheel. Run: make PYTHON=python3.12 …"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
@@ -73,6 +78,18 @@ latest: ## newest releases of everything, in a throw-away environment: lesson 12
 	$(LATEST) -m pytest -q -n 2 --dist loadfile --ignore tests/parity --ignore tests/course/test_traps.py $(TESTS)
 	rm -rf .venv-latest
 
+platforms: ## the unit tests in throw-away environments like Colab's and Kaggle's, and on the newest releases (two cores: 2 hours, 4 GB of disk)
+	@echo "Unit tests in environments like Colab's and Kaggle's, one after another: about half an hour each, 4 GB of disk, 12 GB of memory."
+	$(PYTHON) tests/platforms/run.py $(PLATFORMS)
+
+portable: env ## the lessons as one folder that runs anywhere: dist/portable, with the wheel and the data (1 minute)
+	@echo "Writing dist/portable: every lesson, the package's wheel, data and results. About 1 minute, 40 MB of disk."
+	$(BIN)/python notebooks/portable.py
+
+portable-test: env ## run the lessons of dist/portable outside the checkout, in an environment like Colab's (two cores: 40 minutes, 5 GB of memory)
+	@echo "Running the portable lessons ($(or $(LESSONS),all)) in an environment like Colab's. All: about 40 minutes (an estimate), 4 GB of disk."
+	$(BIN)/python notebooks/portable.py --test $(LESSONS)
+
 lint: env ## ruff (notebooks too) and mypy (1 minute)
 	@echo "ruff, notebooks too, and mypy: about 1 minute."
 	$(BIN)/ruff check .
@@ -101,4 +118,4 @@ pins: ## write constraints.txt anew from the newest versions that pyproject.toml
 
 clean: ## remove the environment (runs stay; making it again takes 3 minutes)
 	@echo "Removing the environment; runs stay. Making it again takes about 3 minutes."
-	rm -rf $(VENV) .venv-pins .venv-latest
+	rm -rf $(VENV) .venv-pins .venv-latest .venv-platform-*

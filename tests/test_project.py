@@ -57,7 +57,7 @@ def test_the_changelog_tells_of_this_version_and_of_what_comes():
 def targets() -> dict[str, str]:
     """Each phony target and its recipe."""
     names = re.search(r"^\.PHONY: (.*)$", MAKEFILE, re.MULTILINE)[1].split()
-    recipes = re.findall(r"^([a-z]+):[^\n=]*\n((?:\t.*\n|\\\n)*)", MAKEFILE, re.MULTILINE)
+    recipes = re.findall(r"^([a-z-]+):[^\n=]*\n((?:\t.*\n|\\\n)*)", MAKEFILE, re.MULTILINE)
     assert {name for name, _ in recipes} == set(names)
     return dict(recipes)
 
@@ -75,9 +75,28 @@ def test_every_target_says_what_it_takes_before_it_starts(name):
     assert first.startswith("\t@echo ") and first.endswith('."')
 
 
+@pytest.mark.parametrize(("version", "taken"), [("3.10", False), ("3.11", True), ("3.13", True), ("3.14", False)])
+def test_a_python_that_cannot_install_is_refused_with_the_reason(tmp_path, version, taken):
+    """`make` with an interpreter that says it is of some version."""
+    python = tmp_path / "python"
+    numbers = tuple(map(int, version.split(".")))
+    code = f"import sys; sys.version_info = {numbers} + (0,); exec(sys.argv[1])"
+    python.write_text(
+        f'#!/bin/sh\n[ "$1" = -c ] && exec {sys.executable} -c "{code}" "$2"\n'
+        f'[ "$1" = --version ] && echo "Python {version}.0" || echo "called: $*"\n'
+    )
+    python.chmod(0o755)
+    (tmp_path / "Makefile").write_text(MAKEFILE)
+    done = subprocess.run(
+        ["make", ".venv/.python", f"PYTHON={python}"], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert ("called: -m venv .venv" in done.stdout) is taken
+    assert ("TensorFlow Text" in done.stdout and version in done.stdout) is not taken
+
+
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/design.md", "benchmarks/README.md"])
 def test_pages_name_targets_that_exist(page):
-    named = re.findall(r"(?:^|`)make ([a-z]+)", text_of(page), re.MULTILINE)
+    named = re.findall(r"(?:^|`)make ([a-z-]+)", text_of(page), re.MULTILINE)
     assert set(named) <= set(targets())
 
 

@@ -15,6 +15,7 @@ _MODULES: dict[str, list[str]] = {
     ],
     "hardware": [
         "peak_memory_bytes",
+        "process_peak_bytes",
         "memory_bytes",
         "machine",
         "has_fast_bfloat16",

@@ -50,16 +50,24 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        with open(temporary, "rb+") as written:
-            os.fsync(written.fileno())
-        # mkstemp makes files private to the user; give the file the rights any new file has.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
+        _settle(temporary)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _settle(path: Path) -> None:
+    """Puts a finished file on the disk and gives it the rights of any new file, as far as the file system goes along.
+
+    Mounts of cloud storage (Google Drive's, buckets) refuse one or the other; the file is whole there all the same.
+    """
+    with contextlib.suppress(OSError), open(path, "rb+") as written:
+        os.fsync(written.fileno())
+    umask = os.umask(0)
+    os.umask(umask)
+    with contextlib.suppress(OSError):
+        os.chmod(path, 0o666 & ~umask)  # mkstemp makes files private to the user
 
 
 def require_writable(path: str | os.PathLike, option: str) -> None:
@@ -87,9 +95,22 @@ def require_writable(path: str | os.PathLike, option: str) -> None:
 
 
 def cache_dir() -> Path:
-    """The folder for what can be made again: `$XDG_CACHE_HOME/gemma_lora`, by default `~/.cache/gemma_lora`."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "gemma_lora"
+    """The folder for what can be made again: `$XDG_CACHE_HOME/gemma_lora`, by default `~/.cache/gemma_lora`.
+
+    Raises:
+        GemmaLoraError: If there is no home folder, or the folder is missing and cannot be made.
+    """
+    remedy = "Set XDG_CACHE_HOME to a folder that can be written (`export XDG_CACHE_HOME=/path/to/cache`)."
+    try:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        raise GemmaLoraError(f"There is no home folder for the weights and compiled programs. {remedy}") from None
+    folder = base / "gemma_lora"
+    if not folder.is_dir():
+        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            raise GemmaLoraError(f"{folder}: cannot be made, since {there} cannot be written. {remedy}")
+    return folder
 
 
 def write_text_atomic(path: str | os.PathLike, text: str) -> None:

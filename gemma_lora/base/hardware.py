@@ -8,16 +8,28 @@ import dataclasses
 import functools
 import os
 import platform
-import resource
 import sys
 from collections.abc import Callable
 from typing import Any
+
+from gemma_lora.base import devices
 
 _ONE_KIB = 1024
 
 
 def peak_memory_bytes() -> int:
-    """The process's peak resident memory so far, in bytes."""
+    """The most memory used so far, in bytes: of the GPU or TPU that JAX computes on, else of this process."""
+    if "jax" in sys.modules and (peak := devices.device().peak_bytes) is not None:
+        return peak
+    return process_peak_bytes()
+
+
+def process_peak_bytes() -> int:
+    """The process's peak resident memory so far, in bytes; 0 where the system does not tell (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * _ONE_KIB  # macOS counts bytes, Linux KiB
 
@@ -28,21 +40,36 @@ def memory_bytes() -> int:
         with open("/proc/self/statm", encoding="ascii") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
-        return peak_memory_bytes()
+        return process_peak_bytes()
+
+
+def machine_memory_bytes() -> int:
+    """The machine's memory in bytes; 0 where the system does not tell (Windows)."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 0
 
 
 def machine() -> dict[str, str | int]:
-    """A description of this machine for reports: processor, cores, memory, Python, devices."""
+    """A description of this machine for reports: processor, cores, memory, Python, devices and their memory."""
     import jax
 
-    return {
+    found = devices.device()
+    described: dict[str, str | int] = {
         "processor": _processor(),
         "cores": os.cpu_count() or 1,
         "fast_bfloat16": has_fast_bfloat16(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "memory_bytes": machine_memory_bytes(),
         "python": platform.python_version(),
         "devices": ", ".join(sorted({device.device_kind for device in jax.devices()})),
+        "device_count": found.count,
     }
+    if found.memory_bytes is not None:
+        described["device_memory_bytes"] = found.memory_bytes
+    if found.capability is not None:
+        described["compute_capability"] = str(found.capability)
+    return described
 
 
 def _processor() -> str:
@@ -65,18 +92,13 @@ def has_fast_bfloat16() -> bool:
 
 def _bfloat16_units() -> tuple[bool, str]:
     """Whether there are units for bfloat16 products, and what says so."""
-    import jax
-
-    kind = jax.default_backend()
-    if kind == "cpu":
-        found = sorted({"avx512_bf16", "amx_bf16", "bf16"} & _instructions())
-        return bool(found), f"this processor has {found[0]}" if found else "this processor has no bfloat16 products"
-    device = jax.devices()[0]
-    if kind == "gpu" and (capability := str(getattr(device, "compute_capability", "") or "")):
-        # Of NVIDIA's, "7.5"; AMD's names ("gfx90a") are of GPUs that have such units.
-        if capability.replace(".", "").isdigit() and float(capability) < 8.0:
-            return False, f"{device.device_kind} (compute capability {capability}) has no bfloat16 units"
-    return True, f"{device.device_kind} has bfloat16 units"
+    found = devices.device()
+    if found.kind == "cpu":
+        units = sorted({"avx512_bf16", "amx_bf16", "bf16"} & _instructions())
+        return bool(units), f"this processor has {units[0]}" if units else "this processor has no bfloat16 products"
+    if not found.has_bfloat16_units:
+        return False, f"{found.name} (compute capability {found.capability}) has no bfloat16 units"
+    return True, f"{found.name} has bfloat16 units"
 
 
 @dataclasses.dataclass(frozen=True)

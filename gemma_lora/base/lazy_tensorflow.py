@@ -18,6 +18,8 @@ import types
 from collections.abc import Iterator
 from typing import Any
 
+from gemma_lora.base.devices import keep_tensorflow_off_the_device
+
 _NAMES = ("tensorflow", "tensorflow_text")
 
 
@@ -62,6 +64,7 @@ class _StandIn(types.ModuleType):
                 raise _StandIn.refusal(f"{name}.{attribute} is left out on purpose here")
             with quiet_stderr():
                 importlib.import_module(name)
+            keep_tensorflow_off_the_device()
         return getattr(sys.modules[name], attribute)
 
 

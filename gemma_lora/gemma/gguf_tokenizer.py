@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_lora.base.files import GemmaLoraError
+from gemma_lora.gemma.sentencepiece_model import model_bytes
 
 #: SentencePiece's numbers for kinds of pieces; GGUF uses the same.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
@@ -33,10 +34,6 @@ def tokenizer_proto(path: Path, reader: Any, rows: int | None) -> bytes:
     Raises:
         GemmaLoraError: If the file has no tokenizer, or text that has no row.
     """
-    from sentencepiece import sentencepiece_model_pb2
-
-    model_pb2: Any = sentencepiece_model_pb2  # generated code, which the type checker cannot see into
-
     columns = [reader.fields.get(f"tokenizer.ggml.{name}") for name in ("tokens", "scores", "token_type")]
     if any(column is None for column in columns):
         raise GemmaLoraError(f"{path}: holds no SentencePiece tokenizer (tokens, scores and types). Convert it again.")
@@ -51,22 +48,11 @@ def tokenizer_proto(path: Path, reader: Any, rows: int | None) -> bytes:
     tokens, scores, kinds = tokens[:rows], scores[:rows], kinds[:rows]
     unknown = int(reader.fields["tokenizer.ggml.unknown_token_id"].contents())
     ends = {field: int(reader.fields[f"tokenizer.ggml.{field}_token_id"].contents()) for field in _ENDS}
-    model = model_pb2.ModelProto()
+    pieces = []
     for position, (piece, score, kind) in enumerate(zip(tokens, scores, kinds, strict=True)):
-        entry = model.pieces.add()
         if kind == _CONTROL and position not in ends.values() and piece not in _NO_PIECE_OF_GOOGLES:
             kind = _USER_DEFINED
         # llama.cpp writes the spaces of user-defined pieces (Gemma's runs of spaces) plainly, SentencePiece wants ▁.
-        entry.piece, entry.score = piece.replace(" ", "▁") if kind == _USER_DEFINED else piece, score
-        entry.type = _UNKNOWN if position == unknown else kind
-    model.trainer_spec.model_type = model_pb2.TrainerSpec.BPE
-    model.trainer_spec.vocab_size = len(tokens)
-    model.trainer_spec.byte_fallback = True
-    model.trainer_spec.unk_id = unknown
-    for field, name in _ENDS.items():
-        setattr(model.trainer_spec, name, ends[field])
-    model.normalizer_spec.name = "identity"
-    model.normalizer_spec.add_dummy_prefix = False
-    model.normalizer_spec.remove_extra_whitespaces = False
-    model.normalizer_spec.escape_whitespaces = True
-    return model.SerializeToString()
+        text = piece.replace(" ", "▁") if kind == _USER_DEFINED else piece
+        pieces.append((text, float(score), _UNKNOWN if position == unknown else int(kind)))
+    return model_bytes(pieces, {"unk_id": unknown, **{name: ends[field] for field, name in _ENDS.items()}})

@@ -255,24 +255,58 @@ def _from_preset(source: str, dtype: str):
 
 
 def _preset_remedy(source: str, error: Exception) -> str:
+    error = _hub_error(source, error)
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     text = f"{type(error).__name__} {error}".lower()
     # KerasHub's words for a folder without config.json speak of permissions; a folder here needs no account.
     local = Path(source).exists()
     refused = ("401", "403", "gated", "unauthorized", "forbidden", "credential", "permission")
     unreachable = ("resolve", "resolution", "connect", "name or service", "timed out", "timeout", "max retries")
-    if not local and any(word in text for word in refused):
+    unreachable += ("offline",)
+    if not local and any(word in text for word in unreachable):
+        remedy = "The hub cannot be reached. Check the connection, or use load_gemma() without an argument."
+    elif not local and any(word in text for word in refused):
         site = "huggingface.co" if source.startswith("hf://") else "kaggle.com"
         variables = "HF_TOKEN" if source.startswith("hf://") else "KAGGLE_USERNAME and KAGGLE_KEY"
         remedy = (
             f"Access was refused. Accept the Gemma licence on {site} with your account and set {variables}; "
             "or use load_gemma() without an argument, which needs no account."
         )
-    elif not local and any(word in text for word in unreachable):
-        remedy = "The hub cannot be reached. Check the connection, or use load_gemma() without an argument."
+    elif "versionerror" in text and "protobuf" in text:
+        remedy = (
+            "sentencepiece's generated code is newer than the protobuf here. Install an older one, "
+            '`pip install "sentencepiece==0.2.1"`, and restart the session.'
+        )
     else:
         remedy = (
             'Give "gemma3-270m", a .gguf file, a KerasHub preset name, hf://owner/name, or a folder made by '
-            "save_to_preset."
+            f"save_to_preset.{_near_presets(source)}"
         )
     return f"{source}: cannot be loaded ({first[:200]}). {remedy}"
+
+
+def _hub_error(source: str, error: Exception) -> Exception:
+    """What Hugging Face's hub itself says, where KerasHub only says that there is no config.json.
+
+    Without a connection the hub's library answers that the file is not in its cache, which KerasHub takes for a
+    missing file; it then speaks of permissions.
+    """
+    if not source.startswith("hf://") or "config.json" not in str(error):
+        return error
+    try:
+        import huggingface_hub
+
+        huggingface_hub.hf_hub_download(repo_id=source.removeprefix("hf://"), filename="config.json")
+    except Exception as said:  # of many kinds, the network's among them
+        return said
+    return error
+
+
+def _near_presets(source: str) -> str:
+    """KerasHub's names of Gemmas that are spelled nearly as `source`, as a sentence; empty where none is."""
+    import difflib
+
+    models = import_keras_hub().models
+    names = [*models.GemmaCausalLM.presets, *models.Gemma3CausalLM.presets, BUILTIN_NAME]
+    near = difflib.get_close_matches(source, names, n=4, cutoff=0.6)
+    return f" Names near this one: {', '.join(near)}." if near else ""

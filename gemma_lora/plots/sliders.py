@@ -11,7 +11,8 @@ from gemma_lora.plots.style import picture
 def explore(draw: Callable[..., Any], alt: str, start: dict[str, Any] | None = None, **choices: Sequence) -> None:
     """Shows a picture with a slider for each argument of the function that draws it.
 
-    Beside the live widget the output holds the picture of the start as PNG: what a page that runs nothing shows.
+    Beside the live widget the output holds the picture of the start as PNG: what a page that runs nothing shows, and
+    a session without ipywidgets.
 
     Args:
         draw: Called with a value for each name in `choices`; returns Axes.
@@ -26,7 +27,6 @@ def explore(draw: Callable[..., Any], alt: str, start: dict[str, Any] | None = N
 
     >>> explore(lambda rank: draw(parts[rank]), alt="Stripes.", rank=range(1, 9))  # doctest: +SKIP
     """
-    import ipywidgets
     from IPython.display import display
 
     if not choices or not all(len(values) for values in choices.values()):
@@ -34,11 +34,16 @@ def explore(draw: Callable[..., Any], alt: str, start: dict[str, Any] | None = N
     first = {name: values[0] for name, values in choices.items()} | (start or {})
     if wrong := [name for name, value in first.items() if value not in choices.get(name, ())]:
         raise ValueError(f"`start` must be among each slider's values. Received: {wrong[0]}={first[wrong[0]]!r}")
+    data, metadata = picture(draw(**first), alt)
+    try:
+        import ipywidgets
+    except ImportError:
+        display(data, raw=True, metadata=metadata)
+        return
     controls = {
         name: ipywidgets.SelectionSlider(options=list(values), value=first[name], description=name)
         for name, values in choices.items()
     }
-    data, metadata = picture(draw(**first), alt)
     image = ipywidgets.Image(value=data["image/png"], format="png")
 
     def redraw(_):
@@ -47,5 +52,12 @@ def explore(draw: Callable[..., Any], alt: str, start: dict[str, Any] | None = N
 
     for control in controls.values():
         control.observe(redraw, "value")
-    view = ipywidgets.VBox([*controls.values(), image])._repr_mimebundle_()
-    display(view | data, raw=True, metadata=metadata)
+    display(_view(ipywidgets.VBox([*controls.values(), image])) | data, raw=True, metadata=metadata)
+
+
+def _view(box: Any) -> dict[str, Any]:
+    """What a notebook shows a widget by. ipywidgets 7, which Colab has, displays itself and has no method for it."""
+    if hasattr(box, "_repr_mimebundle_"):
+        return box._repr_mimebundle_()
+    model = {"version_major": 2, "version_minor": 0, "model_id": box.model_id}
+    return {"application/vnd.jupyter.widget-view+json": model}

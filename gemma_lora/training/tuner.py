@@ -32,7 +32,7 @@ from gemma_lora.layers.loss import chunked_cross_entropy, fitting_chunk
 from gemma_lora.layers.products import EXACT, Precision
 from gemma_lora.lora.apply import lora_layers, plain_layers
 from gemma_lora.quantization.rows import Bfloat16Rows, Int8Rows
-from gemma_lora.training import fitting
+from gemma_lora.training import devices, fitting
 from gemma_lora.training.callbacks import TrainingLog
 from gemma_lora.training.datasets import as_dataset, examples_of, held_out, is_lines
 from gemma_lora.training.schedule import WarmupCosine as WarmupCosine
@@ -210,6 +210,7 @@ class FineTuner(SteppedModel):
         return fitting_chunk(int(np.prod(shape)))
 
     def _check_model(self) -> None:
+        devices.check_floatx()
         if not self.causal_lm.trainable_variables:
             raise GemmaLoraError(
                 "Nothing in the model is trainable. Call `apply_lora` or `apply_adapters` first; of several adapters "
@@ -335,7 +336,8 @@ class FineTuner(SteppedModel):
 
         Raises:
             ValueError: If an argument is not as above, or a callback cannot work; nothing was trained then.
-            GemmaLoraError: If the update is merged, `run_dir` holds another run, or the loss is no finite number.
+            GemmaLoraError: If the update is merged, `run_dir` holds another run, the loss is no finite number, the
+                device's memory is not enough, or the rows cannot be divided among Keras's devices.
         """
         lines = is_lines(x)
         if epochs is None and not lines:
@@ -353,7 +355,11 @@ class FineTuner(SteppedModel):
                     "`limit`, `skip_bad_lines`, `encoded` and `replay` are for lines, such as a `Dataset`."
                 )
             given = asked | kwargs | {"y": y, "batch_size": batch_size, "validation_split": validation_split}
-            return fitting.fit_arrays(self, super().fit, x, callbacks, self._validation(validation_data), given)
+            held = self._validation(validation_data)
+            devices.check_arrays(x, batch_size or 32)
+            with devices.answering_out_of_memory(self.causal_lm, self.settings):
+                return fitting.fit_arrays(self, super().fit, x, callbacks, held, given)
+        devices.check_rows(self.settings["rows"])
         refused = {"y": y, "batch_size": batch_size, "validation_split": validation_split or None}
         fitting.refuse_with_lines(refused | kwargs)
         dataset = as_dataset(x, all_lines=validation_data is not None, skip_bad_lines=skip_bad_lines)
@@ -363,9 +369,10 @@ class FineTuner(SteppedModel):
         held = self._validation(validation_data, dataset, skip_bad_lines)
         prepared = encoded is not None
         mixed = (replay, replay_share if replay is not None else 0.0)
-        return fitting.fit_lines(
-            self, super().fit, dataset, lines_read, callbacks, held, limit, prepared, mixed, asked | kwargs
-        )
+        with devices.answering_out_of_memory(self.causal_lm, self.settings):
+            return fitting.fit_lines(
+                self, super().fit, dataset, lines_read, callbacks, held, limit, prepared, mixed, asked | kwargs
+            )
 
     def evaluate(self, x=None, y=None, batch_size=None, verbose="auto", sample_weight=None, **kwargs):
         """As `keras.Model.evaluate`, and `x` may be lines of text; needs no `compile`.

@@ -10,6 +10,7 @@ import pytest
 from gemma_lora.base.files import (
     GemmaLoraError,
     atomic_path,
+    cache_dir,
     require_writable,
     sha256_of,
     write_json_atomic,
@@ -106,3 +107,42 @@ def test_asking_whether_a_file_can_be_written_makes_nothing(tmp_path):
         with pytest.raises(GemmaLoraError, match=f"{bad}: cannot be written .*--output"):
             require_writable(bad, "--output")
     assert names(tmp_path) == ["file"]
+
+
+def test_a_folder_that_refuses_chmod_and_fsync_gets_the_whole_file(tmp_path, monkeypatch):
+    """Mounts of Google Drive and of buckets do."""
+
+    def refuse(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "chmod", refuse)
+    monkeypatch.setattr(os, "fsync", refuse)
+    write_text_atomic(tmp_path / "a.txt", "whole")
+    assert (tmp_path / "a.txt").read_text() == "whole" and names(tmp_path) == ["a.txt"]
+
+
+def test_the_cache_is_where_the_user_says_or_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert cache_dir() == tmp_path / ".cache/gemma_lora" and names(tmp_path) == []
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "else"))
+    assert cache_dir() == tmp_path / "else/gemma_lora"
+
+
+def test_without_a_home_that_can_be_written_the_remedy_is_named(tmp_path, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("os.access", lambda path, mode: str(path) != "/")  # as for anybody but root
+    monkeypatch.setenv("HOME", "/")
+    with pytest.raises(GemmaLoraError, match="/.cache/gemma_lora: cannot be made.*XDG_CACHE_HOME"):
+        cache_dir()
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr("pathlib.Path.home", no_home)
+    with pytest.raises(GemmaLoraError, match="no home folder.*XDG_CACHE_HOME"):
+        cache_dir()
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(GemmaLoraError, match="file cannot be written.*XDG_CACHE_HOME"):
+        cache_dir()

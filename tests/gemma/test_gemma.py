@@ -12,7 +12,6 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from sentencepiece import sentencepiece_model_pb2
 
 from gemma_lora.base.files import GemmaLoraError
 from gemma_lora.data.encoding import encode, encode_prompt
@@ -118,6 +117,7 @@ def test_a_control_token_has_its_number(tokenizer):
 
 def test_kinds_of_pieces_are_counted_as_in_googles_file(tokenizer):
     """Google's `tokenizer.model` of Gemma 3: 3 control tokens, one unknown, 256 bytes, 6,410 user-defined ones."""
+    sentencepiece_model_pb2 = pytest.importorskip("sentencepiece.sentencepiece_model_pb2", exc_type=Exception)
     model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.proto)
     assert Counter(piece.type for piece in model.pieces) == {1: 255_474, 2: 1, 3: 3, 4: 6_410, 6: 256}
     assert [piece.piece for piece in model.pieces if piece.type == 3] == ["<pad>", "<eos>", "<bos>"]
@@ -314,6 +314,39 @@ def test_a_hubs_refusal_is_one_error_with_its_remedy(monkeypatch, name, source):
         assert all(word in message for word in account)
     if remedy != "save_to_preset":
         assert "load_gemma() without an argument" in message
+
+
+def test_without_a_connection_the_hubs_own_words_count(monkeypatch):
+    """KerasHub makes of a file that is not in the cache a missing config.json, and speaks of permissions."""
+    import huggingface_hub
+
+    hub = gemma.import_keras_hub()
+
+    def no_config(*_, **__):
+        raise ValueError("Preset hf://google/x has no config.json. Make sure you have permissions to read it.")
+
+    def offline(**_):
+        raise FileNotFoundError("cannot find the requested files in the local cache. Please check your connection")
+
+    monkeypatch.setattr(hub.models.CausalLM, "from_preset", no_config)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
+    with pytest.raises(GemmaLoraError, match="hf://google/x: .*The hub cannot be reached"):
+        gemma.load_gemma("hf://google/x")
+
+    def gated(**_):
+        raise OSError("401 Client Error. Cannot access gated repo")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", gated)
+    with pytest.raises(GemmaLoraError, match="Accept the Gemma licence on huggingface.co"):
+        gemma.load_gemma("hf://google/x")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "near"), [("gemma3_1bb", "gemma3_1b"), ("gemma2_2b", "gemma2_2b_en"), ("gemma3_270m_x", "gemma3_270m")]
+)
+def test_a_misspelled_preset_is_answered_with_near_names(wrong, near):
+    with pytest.raises(GemmaLoraError, match=rf"{wrong}: cannot be loaded.*Names near this one: .*\b{near}\b"):
+        gemma.load_gemma(wrong)
 
 
 def test_another_family_is_refused(monkeypatch):

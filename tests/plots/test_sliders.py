@@ -1,5 +1,7 @@
 """`plots.explore`: the picture follows the sliders, and a page that runs nothing has one all the same."""
 
+import sys
+
 import ipywidgets
 import pytest
 
@@ -64,3 +66,23 @@ def test_the_picture_follows_the_sliders(shown, boxes):
 def test_bad_arguments(named, said):
     with pytest.raises(ValueError, match=said):
         plots.explore(draw, "A grey box.", **named)
+
+
+def test_ipywidgets_7_has_no_bundle_of_its_own_and_is_shown_all_the_same(shown, monkeypatch):
+    class Box:
+        model_id = "abc"
+
+        def __init__(self, children):
+            pass
+
+    monkeypatch.setattr("ipywidgets.VBox", Box)
+    plots.explore(draw, "A grey box.", height=[1, 2], width=[3])
+    ((data, _),) = shown
+    assert data["application/vnd.jupyter.widget-view+json"]["model_id"] == "abc" and data["image/png"]
+
+
+def test_without_ipywidgets_there_is_the_picture(shown, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)
+    plots.explore(draw, "A grey box.", start={"height": 2}, height=[1, 2], width=[3])
+    ((data, metadata),) = shown
+    assert set(data) == {"image/png", "text/plain"} and metadata["image/png"]["alt"] == "A grey box."
