@@ -88,7 +88,7 @@ ROW = {"prompt": "a", "response": "b"}
 # --- help --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["finetune", "evaluate", "generate", "chat"])
+@pytest.mark.parametrize("name", ["finetune", "evaluate", "generate", "chat", "export", "serve"])
 def test_help_shows_an_example_that_the_command_understands(command, name):
     status, out, _ = command(name, "--help")
     assert status == 0
@@ -116,7 +116,7 @@ def test_a_quantized_base_is_asked_for(command, monkeypatch, tmp_path, name):
 
 def test_every_command_is_listed(command):
     _, out, _ = command("--help")
-    assert all(name in out for name in ("finetune", "evaluate", "generate", "chat"))
+    assert all(name in out for name in ("finetune", "evaluate", "generate", "chat", "export", "serve"))
 
 
 # --- bad input ---------------------------------------------------------------------------------------------

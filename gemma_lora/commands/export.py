@@ -14,7 +14,7 @@ from gemma_lora.commands.options import ADAPTER, MODEL, takes
 from gemma_lora.data.templates import find_template
 
 EXAMPLES = (
-    "transformers: `gemma-lora export --adapter runs/expenses/adapter --format huggingface --output expenses-hf`  \n"
+    "Example: `gemma-lora export --adapter runs/expenses/adapter --format huggingface --output expenses-hf`  \n"
     "llama.cpp, Ollama: `gemma-lora export --adapter runs/expenses/adapter --format gguf --type Q8_0 "
     "--output expenses.gguf`  \n"
     "The adapter alone: `gemma-lora export --adapter runs/expenses/adapter --format gguf-lora --output adapter.gguf`"

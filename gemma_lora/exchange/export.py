@@ -67,8 +67,8 @@ def export(
     Example:
 
     >>> model = load_adapter(load_gemma(), "runs/expenses/adapter")        # doctest: +SKIP
-    >>> export(model, "expenses.gguf", "gguf", "Q8_0").rounding            # doctest: +SKIP
-    0.0387
+    >>> [path.name for path in export(model, "expenses.gguf", "gguf", "Q8_0").files]    # doctest: +SKIP
+    ['expenses.gguf', 'expenses.Modelfile']
     """
     path = Path(path)
     kind = export_type(format, type) or ("BF16" if backbone_dtype(model) == "bfloat16" else "F32")

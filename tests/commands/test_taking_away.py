@@ -1,6 +1,9 @@
 """`export`, `serve`, `generate --server`: mistakes are said before a model is loaded, the rest is handed on."""
 
+import json
+import os
 import socket
+import subprocess
 import sys
 
 import pytest
@@ -144,3 +147,30 @@ def test_generate_asks_a_server_and_loads_nothing(command, monkeypatch):
     assert asked == expected | {"temperature": 0.0}
     status, _, err = command("generate", "a", *options, "--model", "gemma3_1b")
     assert status == 2 and "--server answers with its own model" in err
+
+
+EARLY = """
+import json, sys
+from gemma_lora import cli
+for arguments in json.loads(sys.argv[1]):
+    sys.argv = ["gemma-lora", *arguments]
+    try:
+        cli.main()
+    except SystemExit as exit_:
+        late = {"jax", "keras", "keras_hub"} & set(sys.modules)
+        if exit_.code != 2 or late:
+            raise RuntimeError(f"{arguments}: status {exit_.code}, {late} imported")
+    else:
+        raise RuntimeError(f"{arguments}: was not refused")
+"""
+
+
+@pytest.mark.slow
+def test_all_of_it_is_said_before_jax_is_imported(tmp_path):
+    cases = [["export", *arguments] for arguments, _ in EXPORTS.values() if "file" not in arguments]
+    cases += [["serve", "--file", "gone.gguf"], ["serve", "--adapter", "gone"], ["generate", "--server", "x", "hi"]]
+    root = os.path.dirname(os.path.dirname(cli.__file__))
+    command = [sys.executable, "-c", EARLY, json.dumps(cases)]
+    environment = os.environ | {"PYTHONPATH": root}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]

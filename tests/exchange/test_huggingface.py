@@ -20,6 +20,7 @@ from gemma_lora.base.files import GemmaLoraError
 from gemma_lora.data.encoding import encode_prompt
 from gemma_lora.data.templates import Template
 from gemma_lora.exchange.chat_templates import jinja_of
+from gemma_lora.exchange.merged import Part, Rounding
 from gemma_lora.exchange.peft import slots
 from gemma_lora.lora import lora_layers
 from tests.conftest import tiny_gemma
@@ -293,3 +294,16 @@ def test_bad_arguments_and_places(tmp_path):
     with pytest.raises(GemmaLoraError, match="no SentencePiece tokenizer"):
         gl.export(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_sentence_on_rounding_warns_where_more_is_lost_than_learned():
+    ones, rounding = np.ones((2, 2), "float32"), Rounding()
+    rounding.add(Part("query", 0, (2, 2), lambda: ones, True, lambda: 4.0), ones, ones + 0.5)
+    assert (rounding.share_of_update, rounding.share_of_weights) == (0.5, 0.5)
+    assert rounding.sentence("Q4_0") == (
+        "Rounding the merged weights to Q4_0 moves them by 50.00% of what the adapter changed (50.00% of the weights)."
+    )
+    rounding.add(Part("key", 0, (2, 2), lambda: ones, True, lambda: 0.0), ones, ones + 2)
+    assert rounding.sentence("Q4_0").endswith("More is lost than was learned: take more bits.")
+    rounding.add(Part("up", 0, (2, 2), lambda: ones, True, lambda: None), ones, ones)  # a merged DoRA
+    assert rounding.share_of_update is None and rounding.sentence("Q4_0") == ""

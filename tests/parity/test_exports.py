@@ -20,6 +20,8 @@ from tests.exchange.small_models import logits_of, small
 ROOT = Path(__file__).parents[2]
 ADAPTER = ROOT / "data/expenses/adapter"
 IDS = np.random.default_rng(7).integers(4, 340, (2, 14)).astype("int32")
+#: llama.cpp looks GELU up in a table of float16, which moves logits by about 6e-4 of the largest one.
+GELU = 2e-3
 #: A model of each generation; Gemma 3 with a block that sees everything, DoRA, and packed bases.
 MODELS = {
     "gemma1": {"generation": 1},
@@ -77,7 +79,7 @@ def test_transformers_loads_the_folder(tiny, kind, tolerance, tmp_path):
 def test_llama_cpp_runs_the_file(tiny, tmp_path):
     model, ours = tiny
     path = gl.export(model, tmp_path / "model.gguf", "gguf", "F32").path
-    assert_close(llama_logits(path), ours, 1e-4)
+    assert_close(llama_logits(path), ours, GELU)
 
 
 @pytest.mark.parametrize("generation", [1, 2, 3])
@@ -87,7 +89,7 @@ def test_llama_cpp_puts_the_adapter_beside_its_base(generation, tmp_path):
     adapter = gl.export(model, tmp_path / "adapter.gguf", "gguf-lora").path
     gl.detach_lora(model)
     base = gl.export(model, tmp_path / "base.gguf", "gguf", "F32").path
-    assert_close(llama_logits(base, lora_path=str(adapter)), ours, 1e-4)
+    assert_close(llama_logits(base, lora_path=str(adapter)), ours, GELU)
     assert np.abs(llama_logits(base) - ours).max() > 1e-2 * np.abs(ours).max()  # the adapter does something
 
 
