@@ -21,7 +21,6 @@ ALLOWED = {
     ("layers/surgery.py", "tracker"): "Keras locks a built layer's list of sub-layers; to swap one, it is opened",
     ("layers/surgery.py", "computed"): "the swapped layer is set as the attribute that held the old one",
     ("layers/surgery.py", "private"): "in a functional model the graph's nodes name the layer too",
-    ("gemma/gguf_tokenizer.py", "computed"): "fields of a SentencePiece message, which is no Keras object",
     ("training/states.py", "computed"): "a callback gets back the counters it had when the checkpoint was written",
     ("gemma/unfilled.py", "state"): "Keras fills variables that wait as soon as a scope ends; a file fills these",
 }

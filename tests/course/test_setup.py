@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import types
@@ -112,7 +113,7 @@ def run_cell(text, folder, monkeypatch, installed):
     monkeypatch.chdir(folder)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
     monkeypatch.setattr(subprocess, "run", lambda command, **more: commands.append(command))
-    monkeypatch.setattr("os.system", commands.append)
+    monkeypatch.setattr(os, "system", commands.append)
     monkeypatch.setattr(importlib, "import_module", lambda name: types.SimpleNamespace(begin=lambda: "root"))
     variables = {}
     exec(compile(text, "cell", "exec"), variables)
