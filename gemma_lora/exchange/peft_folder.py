@@ -226,7 +226,8 @@ def _read_modules(path: Path, dora: bool) -> tuple[dict[str, TensorName], dict[s
         if read.factor in modules.setdefault(read.module, {}):
             raise GemmaLoraError(f"{path}: holds {read.factor} of {read.module} twice, the second as {name}.")
         names.setdefault(read.module, read)
-        owners.add(read.adapter)
+        if read.factor in FACTORS:  # a magnitude has kept its adapter's name in files where the factors have lost it
+            owners.add(read.adapter)
         modules[read.module][read.factor] = _finite(path, name, tensor)
     if len(owners) > 1:
         shown = ", ".join(sorted(str(owner) for owner in owners))

@@ -4,6 +4,7 @@ import json
 import shutil
 from functools import partial
 
+import keras
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -357,7 +358,7 @@ def differing(model, **kind):
     for slot in peft.slots(model):
         if slot.module in chosen:
             rank, alpha = chosen[slot.module]
-            cls = lora.LoRADense if slot.target == "down" else lora.LoRAEinsumDense
+            cls = lora.LoRADense if isinstance(slot.layer, keras.layers.Dense) else lora.LoRAEinsumDense
             layer = cls(slot.layer, rank, alpha=alpha, **kind)
             layer.lora_b.assign(np.random.default_rng(rank).normal(0, 0.3, layer.lora_b.shape))
             replace(slot.parent, slot.attribute, layer)
@@ -382,8 +383,8 @@ def test_rank_and_alpha_of_each_layer_are_kept(tmp_path, gemma, kind):
 @pytest.mark.slow
 def test_mixed_scalings_are_written_as_one_kind(tmp_path, gemma):
     trained(gemma, ("query", "down"), alpha=5)
-    layer = lora.lora_layers(gemma)[0]
-    other = lora.LoRAEinsumDense(layer.base, 4, alpha=7, rslora=True)
+    query = gemma.backbone.transformer_layers[0].attention.query_dense
+    other = lora.LoRAEinsumDense(query.base, 4, alpha=7, rslora=True)
     other.lora_b.assign(np.full(other.lora_b.shape, 0.1))
     replace(gemma.backbone.transformer_layers[0].attention, "query_dense", other)
     expected = np.asarray(gemma.backbone(INPUTS))
