@@ -291,7 +291,7 @@ def _hub_error(source: str, error: Exception) -> Exception:
     Without a connection the hub's library answers that the file is not in its cache, which KerasHub takes for a
     missing file; it then speaks of permissions.
     """
-    if not source.startswith("hf://") or "config.json" not in str(error):
+    if not source.startswith("hf://") or "permissions" not in str(error):
         return error
     try:
         import huggingface_hub
