@@ -261,7 +261,15 @@ def _preset_remedy(source: str, error: Exception) -> str:
     # KerasHub's words for a folder without config.json speak of permissions; a folder here needs no account.
     local = Path(source).exists()
     refused = ("401", "403", "gated", "unauthorized", "forbidden", "credential", "permission")
-    unreachable = ("resolve", "resolution", "connect", "name or service", "timed out", "timeout", "max retries")
+    unreachable: tuple[str, ...] = (
+        "resolve",
+        "resolution",
+        "connect",
+        "name or service",
+        "timed out",
+        "timeout",
+        "max retries",
+    )
     unreachable += ("offline",)
     if not local and any(word in text for word in unreachable):
         remedy = "The hub cannot be reached. Check the connection, or use load_gemma() without an argument."

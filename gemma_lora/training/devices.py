@@ -53,7 +53,7 @@ def check_rows(rows: int) -> None:
 def check_arrays(x: Any, batch_size: int) -> None:
     """`check_rows` for the batches that Keras makes of arrays, the last and shorter one too."""
     first: Any = next(iter(keras.tree.flatten(x)), None) if isinstance(x, dict | list | tuple) else x
-    count = len(first) if hasattr(first, "shape") and getattr(first, "ndim", 0) else 0
+    count = len(first) if getattr(first, "shape", ()) else 0
     for rows in {min(batch_size, count), count % batch_size} - {0}:
         check_rows(rows)
 
