@@ -42,7 +42,7 @@ def draw(record: dict[str, Any]):
             if share is None:
                 continue
             ax.barh(place + offset, 100 * share, height=0.36, color=color)
-            ax.text(100 * share + 1.5, place + offset, f"{100 * share:.0f} %", va="center", color=INK)
+            ax.text(100 * share + 1.5, place + offset, f"{100 * share:.1f} %", va="center", color=INK)
     ax.set_yticks(range(len(SPLITS)), list(SPLITS.values()))
     ax.set(xlim=(0, 115), xlabel="right answers (%)")
     ax.invert_yaxis()
