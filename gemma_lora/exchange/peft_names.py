@@ -130,6 +130,8 @@ def is_targeted(config: dict[str, Any], keys: Iterable[str]) -> bool:
     layers = config.get("layers_to_transform")
     if isinstance(targets, str) or layers is None or layers == []:
         return True
+    if any(key in targets for key in keys):  # named in full, a layer is chosen whatever its number
+        return True
     chosen = layers if isinstance(layers, list) else [layers]
     numbers = (re.search(r"\.(\d+)\.", key) for key in keys)
     return any(int(number[1]) in chosen for number in numbers if number)

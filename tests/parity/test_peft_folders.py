@@ -143,9 +143,10 @@ def test_a_start_that_leaves_the_base_is_read(start, tmp_path):
 
 def test_lora_on_the_head_is_refused(tmp_path):
     theirs = tiny_transformers(3)
+    ours = to_keras_hub(theirs, 3)
     adapted = moved(get_peft_model(theirs, LoraConfig(r=3, target_modules=["q_proj", "lm_head"])))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tied weights
         adapted.save_pretrained(tmp_path)
     with pytest.raises(GemmaLoraError, match="embed|lm_head|lora_A"):
-        load_adapter(to_keras_hub(theirs, 3), tmp_path)
+        load_adapter(ours, tmp_path)
