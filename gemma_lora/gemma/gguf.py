@@ -74,7 +74,10 @@ def read_index(path: str | os.PathLike) -> Index:
     # Size and time of change can be another file's: archives and `cp -p` set the time. Inode and status change cannot.
     identity = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
     key = f"{path.stem}-{'-'.join(map(str, identity))}-v{_INDEX_VERSION}"
-    cached = cache_dir() / "gguf" / f"{key}.json"
+    try:
+        cached = cache_dir() / "gguf" / f"{key}.json"
+    except GemmaLoraError:
+        return _parse(path)  # no folder to keep it in: the next load is slower, nothing else
     index = _read_cached(path, cached)
     if index is None:
         index = _parse(path)

@@ -177,6 +177,10 @@ class PackedEmbedding(keras.layers.Layer):
         return keras.KerasTensor((*shape, *last), dtype=self.compute_dtype)
 
 
+# Keras's files find a layer of a functional model by its class's name, and a plain model has this one there.
+PackedEmbedding.__name__ = "ReversibleEmbedding"
+
+
 def pack_embedding(model: keras.Model, rows: packed.Int8Rows) -> None:
     """Puts an embedding in packed rows in the place of a Gemma's tied embedding.
 

@@ -174,7 +174,7 @@ SPOILERS = {
     "rank_pattern of 'q_proj' must be an integer": lambda p: edit_config(p, rank_pattern={"q_proj": 0}),
     "rank_pattern must be an object. Received: list": lambda p: edit_config(p, rank_pattern=[3]),
     "has rank_pattern 'q_proj' with 5": lambda p: edit_config(p, rank_pattern={"q_proj": 5}),
-    "'q_[(]proj' is no regular expression": lambda p: edit_config(p, alpha_pattern={"q_(proj": 5}),
+    "q_[(]proj.*is no regular expression": lambda p: edit_config(p, alpha_pattern={"q_(proj": 5}),
     "target_modules must be null, one or a list of str": lambda p: edit_config(p, target_modules=[1]),
     "gguf_sha256 and gguf_type must be text": lambda p: (p / "base.json").write_text('{"gguf_sha256": 1}'),
     "base.json: must hold an object": lambda p: (p / "base.json").write_text("[]"),
@@ -400,7 +400,7 @@ def test_what_is_not_finite_is_not_saved(tmp_path, gemma, bad):
     layer = lora.lora_layers(gemma)[1]
     layer.lora_a.assign(np.where(np.arange(layer.lora_a.shape[1]) == 1, bad, layer.lora_a))
     with pytest.raises(
-        GemmaLoraError, match="layers.1.self_attn.q_proj.lora_A.weight holds numbers that are not finite"
+        GemmaLoraError, match=r"layers\.\d\.self_attn\.q_proj\.lora_A\.weight holds numbers that are not finite"
     ):
         save_adapter(gemma, tmp_path / "x")
     assert not (tmp_path / "x").exists()
