@@ -79,9 +79,11 @@ def test_a_files_digest_is_of_what_was_read(tmp_path):
     assert origin_of(model) == Origin()
     record_origin(model, str(file), file, {"general.file_type": 15})
     assert origin_of(model) == Origin("x.gguf", hashlib.sha256(b"weights").hexdigest(), "Q4_K_M")
-    record_origin(model, str(file), file, {"general.file_type": 15})
-    file.write_bytes(b"others")
-    assert origin_of(model) == Origin("x.gguf", None, "Q4_K_M")
+    changed = tmp_path / "y.gguf"
+    changed.write_bytes(b"weights")
+    record_origin(model, str(changed), changed, {"general.file_type": 15})
+    changed.write_bytes(b"others")
+    assert origin_of(model) == Origin("y.gguf", None, "Q4_K_M")
 
 
 def trained(model):
@@ -143,7 +145,7 @@ def test_training_goes_on_on_the_base_it_is_on(tmp_path):
     tuner = FineTuner(target)
     tuner.compile("sgd")
     ids = np.arange(12)[None] + 5
-    tuner.fit({"token_ids": ids, "padding_mask": np.ones_like(ids)}, ids, np.ones_like(ids), verbose=0)
+    tuner.fit({"token_ids": ids, "padding_mask": np.ones_like(ids)}, ids, sample_weight=np.ones_like(ids), verbose=0)
     save_adapter(target, tmp_path / "on")
     assert named(tmp_path / "on") == "google/gemma-3-1b-pt"
 
