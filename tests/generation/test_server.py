@@ -96,7 +96,7 @@ def test_nobody_there():
 
 
 WRONG = {
-    "late": (5.0, "no answer in 0.3 seconds. Give a longer --timeout"),
+    "late": (5.0, "no answer within 0.3 seconds. Give a longer --timeout"),
     "html": ((200, b"<html>"), "does not answer as an OpenAI-compatible server"),
     "no choices": ({"choices": []}, "does not answer as an OpenAI-compatible server"),
     "no text": ({"choices": [{"message": {"content": None}}]}, "does not answer as an OpenAI-compatible server"),
