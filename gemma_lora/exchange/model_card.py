@@ -84,7 +84,7 @@ def card(
         _scores(run.get("metrics", {})),
         _prompt(template),
         _limits(source, run.get("metrics", {}), notes),
-        "## Licence\n" + NOTICE.strip() + ". Whoever uses or passes on this model accepts those terms.",
+        "## Licence\n" + NOTICE.strip() + ". If you use or pass on this model, you accept those terms.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
