@@ -1,6 +1,7 @@
 """Fixtures: a tiny random Gemma of each generation, a character tokenizer, the real 270M once a session."""
 
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -130,3 +131,22 @@ def benchmark_script(monkeypatch):
         return module
 
     return load
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs `gemma-lora` with the arguments; gives status, stdout and stderr."""
+
+    from gemma_lora import cli
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["gemma-lora", *map(str, arguments)])
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as exit_:
+            status = exit_.code or 0
+        output = capsys.readouterr()
+        return status, output.out, output.err
+
+    return run

@@ -37,23 +37,6 @@ def surroundings(tmp_path, monkeypatch):
         monkeypatch.setattr(name, lambda *a, **k: pytest.fail("a model was loaded before the input was checked"))
 
 
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """Runs `gemma-lora` with the arguments; gives status, stdout and stderr."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["gemma-lora", *map(str, arguments)])
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as exit_:
-            status = exit_.code or 0
-        output = capsys.readouterr()
-        return status, output.out, output.err
-
-    return run
-
-
 def small_model():
     model = tiny_gemma(3)
     model.preprocessor = types.SimpleNamespace(tokenizer=CharacterTokenizer())

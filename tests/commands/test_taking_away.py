@@ -23,23 +23,6 @@ def surroundings(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
-    """Runs `gemma-lora` with the arguments; gives status, stdout and stderr."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["gemma-lora", *map(str, arguments)])
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as exit_:
-            status = exit_.code or 0
-        output = capsys.readouterr()
-        return status, output.out, output.err
-
-    return run
-
-
-@pytest.fixture
 def adapter(tmp_path):
     """Files of an adapter's names: what is in them is not read before the model is loaded."""
     folder = tmp_path / "runs" / "adapter"
