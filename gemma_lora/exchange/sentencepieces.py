@@ -11,6 +11,7 @@ from typing import Any
 
 from gemma_lora.base.files import GemmaLoraError, atomic_path, write_json_atomic, write_text_atomic
 from gemma_lora.data.templates import CONTROL_TOKENS
+from gemma_lora.gemma.sentencepiece_model import first_pieces, model_pieces
 
 #: SentencePiece's numbers for kinds of pieces; GGUF uses the same.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -18,18 +19,12 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 ENDS = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>"}
 #: Names that mean something to a model and never stand for a user's text. Google's file calls most of them
 #: user-defined pieces, llama.cpp's converter control tokens.
-_RESERVED = re.compile(
-    "|".join(
-        map(
-            re.escape,
-            (
-                *(*CONTROL_TOKENS, "<pad>", "<mask>", "<2mass>", "[@BOS@]", "[multimodal]"),
-                *("<start_of_image>", "<end_of_image>", "<image_soft_token>"),
-            ),
-        )
-    )
-    + "|<unused[0-9]+>"
+_RESERVED_NAMES = (
+    *CONTROL_TOKENS,
+    *("<pad>", "<mask>", "<2mass>", "[@BOS@]", "[multimodal]"),
+    *("<start_of_image>", "<end_of_image>", "<image_soft_token>"),
 )
+_RESERVED = re.compile("|".join(map(re.escape, _RESERVED_NAMES)) + "|<unused[0-9]+>")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,36 +56,24 @@ def pieces_of(model: Any) -> Pieces:
     Raises:
         GemmaLoraError: If there is no SentencePiece tokenizer, or pieces of ordinary text have no row.
     """
-    from sentencepiece import sentencepiece_model_pb2
-
     proto = getattr(getattr(getattr(model, "preprocessor", None), "tokenizer", None), "proto", None)
     if not isinstance(proto, bytes):
         raise GemmaLoraError(
             "The model has no SentencePiece tokenizer (model.preprocessor.tokenizer), which other programs need. "
             "Load it with load_gemma, or give it a KerasHub preprocessor."
         )
-    message: Any = sentencepiece_model_pb2.ModelProto.FromString(proto)  # type: ignore[attr-defined]
-    rows = model.backbone.vocabulary_size
-    if len(message.pieces) > rows:
-        proto = _cut(message, rows)
-    texts = [piece.piece for piece in message.pieces]
+    pieces, rows = model_pieces(proto), model.backbone.vocabulary_size
+    if len(pieces) > rows:
+        if any(kind in (NORMAL, BYTE) for _, _, kind in pieces[rows:]):
+            raise GemmaLoraError(
+                f"The tokenizer has {len(pieces):,} pieces, the embedding {rows:,} rows: some text has no weights."
+            )
+        pieces, proto = pieces[:rows], first_pieces(proto, rows)
+    texts, scores, kinds = (list(column) for column in zip(*pieces, strict=True))
     numbers = {text: number for number, text in enumerate(texts)}
     if missing := [text for text in ENDS.values() if text not in numbers]:
         raise GemmaLoraError(f"The tokenizer has no piece {missing[0]}: it is not a Gemma's.")
-    ids = {name: numbers[text] for name, text in ENDS.items()}
-    scores, kinds = [piece.score for piece in message.pieces], [int(piece.type) for piece in message.pieces]
-    return Pieces(texts, scores, kinds, ids, proto)
-
-
-def _cut(message: Any, rows: int) -> bytes:
-    """Takes pieces off a SentencePiece model that an embedding of so many rows has nothing for."""
-    if any(piece.type in (NORMAL, BYTE) for piece in message.pieces[rows:]):
-        raise GemmaLoraError(
-            f"The tokenizer has {len(message.pieces):,} pieces, the embedding {rows:,} rows: some text has no weights."
-        )
-    del message.pieces[rows:]
-    message.trainer_spec.vocab_size = rows
-    return message.SerializeToString()
+    return Pieces(texts, scores, kinds, {name: numbers[text] for name, text in ENDS.items()}, proto)
 
 
 # --- the files of transformers -----------------------------------------------------------------------------

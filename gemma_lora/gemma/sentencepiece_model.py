@@ -1,8 +1,8 @@
-"""A SentencePiece model file, written without generated code.
+"""A SentencePiece model file, written and read without generated code.
 
 The sentencepiece package has Python code that protobuf's compiler generated. Code generated for protobuf 7.36
 (sentencepiece 0.2.3) refuses to run with an older protobuf, such as Colab's 5.29. The file has few fields, and its
-format is simple, so it is written here: then any version of the two packages serves.
+format is simple, so it is written and read here: any version of sentencepiece serves then, and protobuf is not needed.
 
 Reference: protobuf's documentation, "Encoding"; SentencePiece's `sentencepiece_model.proto` for the fields' numbers.
 """
@@ -10,9 +10,10 @@ Reference: protobuf's documentation, "Encoding"; SentencePiece's `sentencepiece_
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
-_VARINT, _LENGTH, _FIXED32 = 0, 2, 5  # protobuf's wire types
+_VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5  # protobuf's wire types
 #: `ModelProto`'s fields: the pieces, how the model was trained, how a text is normalized.
 _PIECES, _TRAINER, _NORMALIZER = 1, 2, 3
 #: `TrainerSpec`'s fields that say how a text is cut, by name.
@@ -26,6 +27,7 @@ _TRAINER_FIELDS = {
     "pad_id": 43,
 }
 _BPE = 2
+_NORMAL = 1  # a piece's kind where the file does not say
 
 
 def varint(number: int) -> bytes:
@@ -74,3 +76,85 @@ def model_bytes(pieces: Iterable[tuple[str, float, int]], ids: Mapping[str, int]
     return b"".join(
         [*entries, _field(_TRAINER, b"".join(_field(*f) for f in by_number)), _field(_NORMALIZER, normalizer)]
     )
+
+
+def model_pieces(data: bytes) -> list[tuple[str, float, int]]:
+    """The pieces of a SentencePiece model, in order.
+
+    Args:
+        data: A serialized `ModelProto`, such as the bytes of a `tokenizer.model`.
+
+    Returns:
+        `(piece, score, kind)` of each token, as `model_bytes` takes them.
+
+    Raises:
+        ValueError: If the bytes are no such message.
+
+    Example:
+
+    >>> model_pieces(model_bytes([("<unk>", 0.0, 2), ("a", -1.5, 1)], {"unk_id": 0}))
+    [('<unk>', 0.0, 2), ('a', -1.5, 1)]
+    """
+    pieces = []
+    for number, value, _ in _fields(data):
+        if number == _PIECES:
+            found = {field: content for field, content, _ in _fields(value)}
+            score = struct.unpack("<f", found.get(2, bytes(4)))[0]
+            pieces.append(
+                (found.get(1, b"").decode(), score, found.get(3, 1))
+            )  # 1 is the kind's default, a normal piece
+    return pieces
+
+
+def first_pieces(data: bytes, count: int) -> bytes:
+    """The model with its first `count` pieces only; all else stays as it is.
+
+    Args:
+        data: As in `model_pieces`.
+        count: Integer, how many pieces are kept; no more than there are.
+    """
+    kept, seen = [], 0
+    for number, value, raw in _fields(data):
+        if number == _PIECES:
+            seen += 1
+            if seen > count:
+                continue
+        if number == _TRAINER:  # of a number that stands twice in a message the last one counts
+            raw = _field(_TRAINER, value + _field(_TRAINER_FIELDS["vocab_size"], count))
+        kept.append(raw)
+    return b"".join(kept)
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, Any, bytes]]:
+    """The fields of a message: number, value (an integer, or bytes) and the field as it stands there."""
+    place = 0
+    while place < len(data):
+        start = place
+        value: int | bytes
+        key, place = _read_varint(data, place)
+        kind = key & 7
+        if kind == _VARINT:
+            value, place = _read_varint(data, place)
+        else:
+            if kind == _LENGTH:
+                size, place = _read_varint(data, place)
+            elif kind in (_FIXED32, _FIXED64):
+                size = 4 if kind == _FIXED32 else 8
+            else:
+                raise ValueError(f"The bytes are no SentencePiece model: field of type {kind} at byte {start}")
+            value, place = data[place : place + size], place + size
+        if place > len(data):
+            raise ValueError(f"The bytes are no SentencePiece model: they end within the field at byte {start}")
+        yield key >> 3, value, data[start:place]
+
+
+def _read_varint(data: bytes, place: int) -> tuple[int, int]:
+    """A number in protobuf's variable length, and the place behind it."""
+    number = shift = 0
+    while place < len(data):
+        byte = data[place]
+        number |= (byte & 0x7F) << shift
+        place, shift = place + 1, shift + 7
+        if byte < 0x80:
+            return number, place
+    raise ValueError("The bytes are no SentencePiece model: they end within a number")

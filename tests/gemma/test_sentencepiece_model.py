@@ -1,9 +1,12 @@
-"""The SentencePiece file that we write, against protobuf's own writer and SentencePiece's reader."""
+"""The SentencePiece file that we write and read, against protobuf's own writer and SentencePiece's reader."""
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import sentencepiece
 
-from gemma_lora.gemma.sentencepiece_model import model_bytes, varint
+from gemma_lora.gemma.sentencepiece_model import first_pieces, model_bytes, model_pieces, varint
 
 PIECES = [("<pad>", 0.0, 3), ("<eos>", 0.0, 3), ("<bos>", 0.0, 3), ("<unk>", 0.0, 2), ("▁▁", -1.5, 4)]
 PIECES += [(f"<0x{byte:02X}>", 0.0, 6) for byte in range(256)] + [("a", -1e3, 1), ("é", -2.25, 1), ("aé", -0.1, 1)]
@@ -40,3 +43,39 @@ def test_the_bytes_are_those_of_protobufs_own_writer():
         setattr(model.normalizer_spec, name, name == "escape_whitespaces")
     model.normalizer_spec.name = "identity"
     assert model_bytes(PIECES, IDS) == model.SerializeToString()
+    model.normalizer_spec.precompiled_charsmap = bytes(range(256))  # what we do not know of is passed over, and kept
+    model.trainer_spec.input.append("a file")
+    theirs = model.SerializeToString()
+    assert model_pieces(theirs) == as_float32(PIECES)
+    del model.pieces[4:]
+    model.trainer_spec.vocab_size = 4
+    assert generated.ModelProto.FromString(first_pieces(theirs, 4)) == model
+
+
+def as_float32(pieces):
+    return [(piece, float(np.float32(score)), kind) for piece, score, kind in pieces]
+
+
+def test_what_was_written_is_read_and_a_shorter_model_is_one():
+    written = model_bytes(PIECES, IDS)
+    assert model_pieces(written) == as_float32(PIECES)
+    shorter = first_pieces(written, 261)
+    assert model_pieces(shorter) == as_float32(PIECES[:261])
+    assert sentencepiece.SentencePieceProcessor(model_proto=shorter).get_piece_size() == 261
+
+
+def test_a_part_of_a_file_is_refused():
+    written = model_bytes(PIECES[:5], IDS)
+    for end in range(1, len(written)):
+        try:
+            assert len(model_pieces(written[:end])) <= 5
+        except ValueError as error:
+            assert "no SentencePiece model" in str(error)
+    with pytest.raises(ValueError, match="end within the field"):
+        model_pieces(written[: len(written) - 1])
+
+
+def test_the_package_imports_no_generated_code():
+    """It refuses to run with the protobuf that Colab has."""
+    package = Path(__file__).parents[2] / "gemma_lora"
+    assert not [path.name for path in package.rglob("*.py") if "model_pb2" in path.read_text(encoding="utf-8")]
