@@ -49,7 +49,7 @@ def platform() -> str:
 
     try:
         return jax.default_backend()
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:  # the latter from JAX's own assert, for cuda without its plugin
         asked = os.environ.get("JAX_PLATFORMS") or jax.config.jax_platforms  # type: ignore[attr-defined]
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise GemmaLoraError(

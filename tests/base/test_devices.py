@@ -58,13 +58,20 @@ def test_a_device_that_keeps_no_count_leaves_the_processs_peak(pretend):
     assert hardware.peak_memory_bytes() == hardware.process_peak_bytes() > 0
 
 
-def test_a_platform_that_is_not_here_is_one_error(monkeypatch):
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [
+        (RuntimeError("Unable to initialize backend 'cuda': no such thing\nmore"), "no such thing"),
+        (AssertionError(), "AssertionError"),
+    ],
+)
+def test_a_platform_that_is_not_here_is_one_error(monkeypatch, raised, said):
     def none():
-        raise RuntimeError("Unable to initialize backend 'cuda': no such thing\nmore")
+        raise raised
 
     monkeypatch.setattr(jax, "default_backend", none)
     monkeypatch.setenv("JAX_PLATFORMS", "cuda")
-    with pytest.raises(GemmaLoraError, match=r"JAX_PLATFORMS is 'cuda'.*no such thing\).*unset JAX_PLATFORMS"):
+    with pytest.raises(GemmaLoraError, match=rf"JAX_PLATFORMS is 'cuda'.*{said}\).*unset JAX_PLATFORMS"):
         devices.platform()
 
 
