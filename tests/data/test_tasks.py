@@ -218,3 +218,29 @@ def test_no_question_about_a_passage_stands_in_two_splits_and_unseen_passages_in
                         if question in prompt:
                             asked.setdefault((passage.name, question), set()).add(split)
     assert len(asked) >= 400 and all(len(splits) == 1 for splits in asked.values())
+
+
+# --- the kept adapters -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", COUNTS)
+def test_the_readme_says_what_the_kept_adapters_run_measured(task):
+    metrics = json.loads((DATA / task / "adapter/metrics.json").read_text())
+    readme = (DATA / task / "README.md").read_text(encoding="utf-8")
+    for split, after in metrics["after"].items():
+        found = after["scores"]["exact match"]
+        before = f"{metrics['before'][split]['exact_match']:.1%}".replace("0.0%", "0%").replace("%", " %")
+        value, low, high = (f"{100 * found[name]:.1f}" for name in ("value", "low", "high"))
+        assert f"| `{split}` | {before} | {value} % ({low} to {high}) |" in readme
+    perplexity = metrics["english_perplexity"]
+    assert f"rose from {perplexity['before']:.1f} to {perplexity['after']:.1f}" in readme
+
+
+@pytest.mark.parametrize("task", COUNTS)
+def test_the_kept_adapters_run_had_no_option_and_this_data(task):
+    settings = json.loads((DATA / task / "adapter/settings.json").read_text())
+    metrics = json.loads((DATA / task / "adapter/metrics.json").read_text())
+    assert settings["data"] == f"data/{task}" and settings["limit"] is None
+    assert metrics["lines"] == {name: COUNTS[task][name] for name in ("train", "validation")}
+    config = json.loads((DATA / task / "adapter/adapter_config.json").read_text())
+    assert config["r"] == settings["rank"] == 16
